@@ -1,0 +1,136 @@
+"""Files of weights and settings: safetensors and JSON only, read strictly, written whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import InputError, SaveError
+
+MAX_JSON_BYTES = 1 << 20
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file of at most 1 MB.
+
+    Raises:
+        InputError: the file is missing, too large, no JSON, or its top level is no object.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: over {MAX_JSON_BYTES} bytes, too large for a configuration")
+        value = json.loads(path.read_bytes())
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); is this the right folder?") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, where an object was expected")
+    return value
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        InputError: the file is missing, truncated or no safetensors.
+    """
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); is this the right folder?") from None
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: damaged, or no safetensors file ({error}); copy or download it again") from None
+
+
+def read_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of `stem[.variant].safetensors` in a folder, sharded or not, and the file they are from."""
+    suffix = f".{variant}.safetensors" if variant else ".safetensors"
+    path, index = (
+        folder / f"{stem}{suffix}",
+        folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json",
+    )
+    if path.exists() or not index.exists():
+        return read_safetensors(path), path
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise InputError(f"{index}: its weight_map must give each tensor a file of the same folder")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(names.values())):
+        tensors.update(read_safetensors(folder / name))
+    return tensors, index
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Give a module exactly these weights. Nothing is changed unless every key and every shape is right.
+
+    A module on the meta device takes the tensors themselves; another one copies them.
+
+    Raises:
+        InputError: naming the file `source`, the first key that is missing, superfluous or of another shape, and how
+            many there are.
+    """
+    own = module.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in tensors]
+    problems += [f"{key} is not part of this architecture" for key in tensors if key not in own]
+    problems += [
+        f"{key} is {list(tensors[key].shape)} in the file and {list(own[key].shape)} in this architecture"
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 1} more like it" if len(problems) > 1 else ""
+        raise InputError(f"{source}: {problems[0]}{more}; the weights are of another architecture than the config.json")
+    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        SaveError: naming the path and the bytes needed; a file that was there before is untouched.
+    """
+    with _replacing(Path(path), len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_bytes` of a value as indented JSON; NaN and infinity, which are no JSON, are refused."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, whole or not at all; errors as of `write_bytes`."""
+    plain = {key: tensor.detach().to("cpu", memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    with _replacing(Path(path), sum(tensor.nbytes for tensor in plain.values())) as temporary:
+        save_file(plain, temporary, dict(metadata or {}))
+
+
+@contextmanager
+def _replacing(path: Path, size: int) -> Iterator[Path]:
+    """A temporary file beside `path`, which is synced and then renamed onto it, or removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise SaveError(f"{path}: could not be saved ({reason}); {size} bytes are needed") from error
+    finally:
+        with suppress(OSError):  # the folder itself may be what is wrong
+            temporary.unlink()

@@ -1,0 +1,31 @@
+"""What a person is told in one line, and the exit code of the command line that goes with it."""
+
+
+class Failure(Exception):
+    """The base of every error that is meant for a person: its text is one line that names the thing and the remedy."""
+
+    exit_code = 1
+
+
+class InputError(Failure, ValueError):
+    """A file, a configuration, a size or a value that cannot be worked with."""
+
+    exit_code = 2
+
+
+class NonFiniteError(Failure, ArithmeticError):
+    """A loss or a gradient is NaN or infinite; raised before any weight is touched."""
+
+    exit_code = 3
+
+
+class SaveError(Failure, OSError):
+    """A file could not be written; what had been written before is untouched."""
+
+    exit_code = 4
+
+
+class Stopped(Failure):
+    """The run was told to stop (SIGTERM, Ctrl-C), and it has saved its state."""
+
+    exit_code = 75

@@ -1,0 +1,10 @@
+"""What every test starts from: no network, and one thread, as threads of tiny networks mostly wait for each other."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
+torch.set_num_threads(1)
