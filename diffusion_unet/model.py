@@ -1,0 +1,271 @@
+"""A whole model: network, noise schedule, text encoder, codec; saved and loaded as a diffusers folder.
+
+    model_index.json  unet/  scheduler/  text_encoder/  tokenizer/  vae/  README.md
+
+Each sub-folder is what the stock class of its name writes and reads. A model with an autoencoder is a
+StableDiffusionPipeline; one that works on pixels is a PixelTextToImagePipeline (pipeline.py), and its model_index.json
+also holds `pixel_mean` and `pixel_std`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from .checkpoint import load_state, read_json, write_bytes, write_json
+from .codec import LatentCodec, PixelCodec
+from .conditioning import TextEncoder
+from .denoiser import Denoiser
+from .errors import InputError, SaveError
+from .schedule import NoiseSchedule
+from .unet import UNet
+
+INDEX = "model_index.json"
+PIXELS, LATENTS = "PixelTextToImagePipeline", "StableDiffusionPipeline"
+
+# What each part may be. Names in a file are compared with these, never imported.
+Known = tuple[list[Any], ...]
+_UNET: Known = (["diffusers", "UNet2DConditionModel"],)
+_VAE: Known = (["diffusers", "AutoencoderKL"],)
+_TEXT: Known = (["transformers", "CLIPTextModel"],)
+_TOKENIZER: Known = (["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"])
+
+
+@dataclass
+class DiffusionModel:
+    """Everything that drawing from a prompt needs. `text` is None where the network is not conditioned on text."""
+
+    unet: UNet
+    schedule: NoiseSchedule
+    text: TextEncoder | None
+    codec: PixelCodec | LatentCodec
+
+    def __post_init__(self) -> None:
+        width, taken = self.text and self.text.width, _context_width(self.unet)
+        if width != taken and taken is not None:
+            given = f"a text encoder of width {width}" if width else "no text encoder"
+            raise InputError(
+                f"the U-Net takes a context of width {taken}, and there is {given}: use those of one model"
+            )
+        channels = self.codec.latent_channels if isinstance(self.codec, LatentCodec) else self.codec.channels
+        if self.unet.config.out_channels != channels:
+            raise InputError(f"the U-Net predicts {self.unet.config.out_channels} channels, the codec has {channels}")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels of the pictures it was trained for. Raises InputError where its config does not say."""
+        size = self.unet.config.sample_size
+        if size is None:
+            raise InputError("the U-Net's config.json states no sample_size: give the size to draw")
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.codec.scale_factor, width * self.codec.scale_factor
+
+    def denoiser(self) -> Denoiser:
+        """(x, sigma, conditioning) -> denoised x, all in the codec's space."""
+        return Denoiser(self.unet, self.schedule)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Moves every part, and returns itself."""
+        for part in (self.unet, self.text, self.codec):
+            if part is not None:
+                part.to(device=device, dtype=dtype)
+        return self
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over all weights, as they are in memory, and settings; reads every weight once."""
+        digest = hashlib.sha256()
+        vae = self.codec.vae if isinstance(self.codec, LatentCodec) else None
+        pixels = (self.codec.mean, self.codec.std) if isinstance(self.codec, PixelCodec) else None
+        settings = [self.unet.config.to_diffusers(), self.schedule.to_config(), pixels]
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        if self.text is not None:
+            digest.update(self.text.tokenizer.backend_tokenizer.to_str().encode())
+        for part in (self.unet, self.text, vae):
+            for key, value in sorted(part.state_dict().items()) if part is not None else ():
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def save(
+        self,
+        folder: Path | str,
+        *,
+        card: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Path:
+        """Writes the model folder whole or not at all; a model there already is replaced once the new one is whole.
+
+        card: the text of README.md; files: others that go with it, by name (the card's pictures).
+        variant: "fp16" writes `diffusion_pytorch_model.fp16.safetensors` ...; dtype: of the weights written, None as
+        they are.
+
+        Returns the folder. Raises InputError when `folder` is something else than a model folder, or a weight does not
+        fit `dtype`; SaveError when it cannot be written.
+        """
+        folder = Path(folder)
+        with _replaced(folder) as partial:
+            _cast(self.unet, dtype).save_pretrained(partial / "unet", variant=variant)
+            write_json(partial / "scheduler" / "scheduler_config.json", self.schedule.to_config())
+            if self.text is not None:
+                self.text.save(partial, variant=variant, dtype=dtype)
+            if isinstance(self.codec, LatentCodec):
+                self.codec.save(partial / "vae", variant=variant, dtype=dtype)
+            for name, data in (files or {}).items():
+                write_bytes(partial / name, data)
+            if card is not None:
+                write_bytes(partial / "README.md", card.encode())
+            write_json(partial / INDEX, self._index())
+        return folder
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Reads a folder that `save` wrote, or a text-to-image folder of Stable Diffusion 1.x or 2.x, in eval mode.
+
+        dtype None keeps that of the files. Raises InputError, one line that names the file, when a part is missing,
+        damaged, of another architecture, or of a class that is not known here. No code is taken from the folder.
+        """
+        folder = Path(folder)
+        index = _read_index(folder)
+        text = None
+        if index.get("text_encoder", [None, None]) != [None, None]:
+            text = TextEncoder.load(folder, variant=variant, dtype=dtype)
+        unet = UNet.from_pretrained(folder, subfolder="unet", variant=variant, dtype=dtype)
+        settings = read_json(folder / "scheduler" / "scheduler_config.json")
+        codec: PixelCodec | LatentCodec
+        try:
+            if index["_class_name"] == PIXELS:
+                codec = PixelCodec(unet.config.out_channels, float(index["pixel_mean"]), float(index["pixel_std"]))
+            else:
+                codec = LatentCodec.load(folder / "vae", variant=variant, dtype=dtype)
+            model = cls(unet, NoiseSchedule.from_config(settings), text, codec)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
+        return model.to(device) if device is not None else model
+
+    def _index(self) -> dict[str, Any]:
+        text = self.text is not None
+        index = {
+            "_class_name": PIXELS if isinstance(self.codec, PixelCodec) else LATENTS,
+            "_diffusers_version": version("diffusers"),
+            "scheduler": ["diffusers", self.schedule.to_config()["_class_name"]],
+            "text_encoder": _TEXT[0] if text else [None, None],
+            "tokenizer": _TOKENIZER[0] if text else [None, None],
+            "unet": _UNET[0],
+        }
+        if isinstance(self.codec, PixelCodec):
+            return index | {"pixel_mean": self.codec.mean, "pixel_std": self.codec.std}
+        unused = {key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")}
+        return index | {"vae": _VAE[0], "requires_safety_checker": False} | unused
+
+
+def _context_width(unet: UNet) -> int | None:
+    config = unet.config
+    width = config.encoder_hid_dim or config.cross_attention_dim
+    if isinstance(width, tuple):
+        width = next((w for w in width if w is not None), None)
+    names = (*config.down_block_types, config.mid_block_type, *config.up_block_types)
+    attends = any("CrossAttn" in (name or "") for name in names)
+    return width if attends else None
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json, each known entry checked. Raises InputError."""
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder} is no model: it holds no {INDEX}; give a folder that `diffusion-unet export` wrote")
+    path = folder / INDEX
+    index = read_json(path)
+    name = index.get("_class_name")
+    if name not in (PIXELS, LATENTS):
+        raise InputError(f"{path}: the class {ascii(name)[:80]} is not known here; {PIXELS} and {LATENTS} are")
+    expected = {"unet": _UNET, "text_encoder": _TEXT, "tokenizer": _TOKENIZER}
+    if name == LATENTS:
+        expected["vae"] = _VAE
+    else:
+        optional: Known = ([None, None],)
+        expected |= {"text_encoder": (*_TEXT, *optional), "tokenizer": (*_TOKENIZER, *optional)}
+        for key in ("pixel_mean", "pixel_std"):
+            value = index.get(key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
+                raise InputError(f"{path}: {key} is {ascii(value)[:80]}; a number, of values in [-1, 1], is needed")
+    for key, known in expected.items():
+        if index.get(key, [None, None]) not in known:
+            raise InputError(
+                f"{path}: {key} is {ascii(index.get(key))[:80]}; {' or '.join(map(str, known))} can be worked with"
+            )
+    return index
+
+
+def _cast(unet: UNet, dtype: torch.dtype | None) -> UNet:
+    """The same network in `dtype`, the given one untouched. Raises InputError where a weight overflows."""
+    if dtype is None or dtype == unet.dtype:
+        return unet
+    tensors = {key: value.detach().to(dtype) for key, value in unet.state_dict().items()}
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"the U-Net's {key} does not fit in {dtype}: save in bfloat16 or float32")
+    with torch.device("meta"):
+        cast = UNet(unet.config)
+    load_state(cast, tensors, "the cast weights")
+    return cast
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place when the block ends well and is removed when it does not."""
+    folder = folder.resolve()
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / INDEX).is_file():
+        raise InputError(f"{folder} exists and is no model folder: name another, nothing is overwritten")
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    try:
+        if old.is_dir() and not folder.exists():  # a process ended between the two renames below
+            old.rename(folder)
+        for leftover in (partial, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        yield partial
+        for part in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+            _sync(part)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        _sync(folder.parent)
+    except SaveError:
+        raise
+    except OSError as error:
+        raise SaveError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,128 @@
+"""Codecs against their closed form, and against diffusers' image processor and autoencoder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+
+from diffusion_unet.codec import LatentCodec, PixelCodec
+from diffusion_unet.errors import InputError, NonFiniteError
+
+
+def vae(**options: object) -> AutoencoderKL:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, **blocks, **options).eval()
+
+
+def pictures(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.5), (-0.4, 0.7), (0.31, 1.3)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_return_exactly(channels: int, mean: float, std: float) -> None:
+    codec = PixelCodec(channels, mean, std)
+    images = pictures(2, 256, 5, channels)
+    images[0, :, 0, 0] = torch.arange(256)
+    x = codec.encode(images)
+    assert x.dtype == torch.float32 and x.shape == (2, channels, 256, 5)
+    exact = (images.double().numpy().transpose(0, 3, 1, 2) / 127.5 - 1 - mean) / std
+    assert np.abs(x.numpy() - exact).max() < 1e-6
+    back = codec.decode(x)
+    assert back.dtype == torch.uint8 and torch.equal(back, images) and back.is_contiguous()
+    assert codec.scale_factor == 1 and codec.to("cpu") is codec
+
+
+def test_pixels_are_rounded_and_clamped() -> None:
+    codec = PixelCodec(1, 0.0, 1.0)
+    values = torch.tensor([-9.0, -1.0, 9.49 / 127.5 - 1, 9.51 / 127.5 - 1, 1.0, 9.0])
+    assert codec.decode(values.view(1, 1, 1, -1)).flatten().tolist() == [0, 0, 9, 10, 255, 255]
+    half = codec.decode(torch.full((1, 1, 2, 2), 0.5, dtype=torch.bfloat16))
+    assert half.unique().tolist() == [191]
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(NonFiniteError, match="NaN or infinity"):
+            codec.decode(torch.full((1, 1, 2, 2), bad))
+
+
+def test_pixel_settings_and_pictures_that_cannot_be() -> None:
+    for channels, mean, std in ((4, 0.0, 1.0), (1, float("nan"), 1.0), (1, 0.0, 0.0), (3, 0.0, -1.0)):
+        with pytest.raises(InputError):
+            PixelCodec(channels, mean, std)
+    for images in (torch.zeros(1, 4, 4, 1), pictures(4, 4, 1), pictures(1, 4, 4, 3)):
+        with pytest.raises(InputError, match=r"uint8 \[B, H, W, 1\]"):
+            PixelCodec(1).encode(images)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scaling_factor": 1.5, "shift_factor": 0.1},
+        {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [2.0] * 4},
+    ],
+)
+def test_latents_are_those_of_diffusers(options: dict[str, object]) -> None:
+    stock = vae(**options)
+    codec = LatentCodec(stock)
+    images = pictures(2, 16, 24, 3)
+    assert codec.scale_factor == 2 and codec.channels == 3 and codec.latent_channels == 4
+    processor = VaeImageProcessor(vae_scale_factor=2)
+    with torch.no_grad():
+        moments = stock.encode(processor.preprocess(images.numpy().astype(np.float32) / 255)).latent_dist
+        noise = torch.randn(moments.mean.shape)
+        for given, z in ((None, moments.mode()), (noise, moments.mean + moments.std * noise)):
+            if "latents_mean" in options:
+                mean = torch.tensor(options["latents_mean"]).view(1, 4, 1, 1)
+                expected = (z - mean) / 2.0 * stock.config.scaling_factor
+            else:
+                expected = (z - (stock.config.shift_factor or 0)) * stock.config.scaling_factor
+            assert torch.allclose(codec.encode(images, given), expected, atol=1e-5)
+        decoded = processor.postprocess(stock.decode(z).sample, output_type="np")
+    got = codec.decode(expected).numpy()
+    assert got.dtype == np.uint8 and np.abs(got / 255 - decoded).max() <= 0.51 / 255
+
+
+def test_latent_codec_is_saved_and_loaded(tmp_path: Path) -> None:
+    codec = LatentCodec(vae(scaling_factor=0.5))
+    codec.save(tmp_path / "vae")
+    loaded = LatentCodec.load(tmp_path / "vae")
+    stock, report = AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False, output_loading_info=True)
+    assert not any(report.values()) and stock.config.scaling_factor == 0.5
+    images = pictures(1, 8, 8, 3)
+    latents = codec.encode(images)
+    assert torch.allclose(loaded.encode(images), latents, atol=1e-5)
+    again = LatentCodec(stock).decode(latents).int()
+    assert (again - codec.decode(latents).int()).abs().max() <= 1
+    codec.save(tmp_path / "half", variant="fp16", dtype=torch.bfloat16)
+    half = LatentCodec.load(tmp_path / "half", variant="fp16", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.vae.parameters()} == {torch.bfloat16}
+    difference = half.decode(latents).float() - codec.decode(latents).float()
+    assert difference.abs().mean() < 2
+    assert half.to(dtype=torch.float32) is half and half.vae.dtype == torch.float32
+
+
+def test_latent_codecs_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="multiples of 2"):
+        LatentCodec(vae()).encode(pictures(1, 7, 8, 3))
+    with pytest.raises(InputError, match="3 \\(RGB\\)"):
+        LatentCodec(vae(in_channels=1))
+    LatentCodec(vae()).save(tmp_path)
+    weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=str(tmp_path)) as caught:
+        LatentCodec.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    weights.write_bytes(whole)
+    for old, new in (('"AutoencoderKL"', '"os.system"'), ('"layers_per_block": 1', '"layers_per_block": 2')):
+        assert old in text
+        config.write_text(text.replace(old, new))
+        with pytest.raises(InputError, match=str(tmp_path)) as caught:
+            LatentCodec.load(tmp_path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"config\.json"):
+        LatentCodec.load(tmp_path / "none")
