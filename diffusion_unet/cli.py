@@ -1,0 +1,321 @@
+"""The command line: `diffusion-unet VERB ...`, the one place where the library, `training` and `sampling` meet.
+
+Every error that is meant for a person ends here as one line on stderr. Exit codes: 0 done, 2 bad input, 3 non-finite
+numbers, 4 could not save, 75 told to stop and saved, 130 interrupted. torch is imported only once a verb needs it.
+"""
+
+import argparse
+import errno
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diffusion_unet import __version__, sibling
+from diffusion_unet.arguments import Parser, command, finite, nearest, seeds, size, split_overrides, whole
+from diffusion_unet.errors import Failure, InputError, SaveError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diffusion_unet.model import DiffusionModel
+    from training.config import Config
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SOLVERS = ("dpm++2m", "ddim")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; `argv` is without the program's name, None takes the process's own. Returns the exit code."""
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+        arguments.run(arguments)
+    except Failure as failure:
+        return _tell(str(failure), failure.exit_code)
+    except KeyboardInterrupt:
+        return _tell("interrupted", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _tell(f"{error.filename or 'a file'}: no space left: make room, and run this again", SaveError.exit_code)
+    return 0
+
+
+def _quote(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _tell(message: str, exit_code: int) -> int:
+    print("error: " + " ".join(message.split("\n")), file=sys.stderr, flush=True)
+    return exit_code
+
+
+# --- verbs
+
+
+def _quickstart(arguments: argparse.Namespace) -> None:
+    from diffusion_unet.quickstart import quickstart
+
+    sibling("training")
+    from training.config import load_config, to_dict
+
+    folder = Path(arguments.output_dir)
+    config = load_config(CONFIGS / "quickstart.yaml", [f"--train.output_dir={folder}", *arguments.overrides])
+    quickstart(
+        folder,
+        to_dict(config),
+        train=lambda: _train_with_previews(config),
+        export=_export_run,
+        load=_load,
+        draw=_draw,
+        score=_score,
+    )
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    sibling("training")
+    from training.config import load_config
+
+    run = _train_with_previews(load_config(arguments.config, arguments.overrides))
+    print(f"Run: {run}. Next: {command()} export {_quote(run)} {_quote(run / 'model')}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    out = _export_run(
+        Path(arguments.source), Path(arguments.out), ema=arguments.ema, dtype=arguments.dtype, variant=arguments.variant
+    )
+    print(f'Model: {out}. Next: {command()} sample {_quote(out)} "a prompt" --seeds 0-7 --out out')
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from diffusion_unet.images import grid, save_png
+
+    settings = _drawing_settings(arguments)
+    model = _load(arguments.model, arguments.device)
+    images = _draw(model, arguments.prompts, arguments.seeds, **settings)
+    common = {**settings, "model": arguments.model, "model_hash": model.fingerprint(), "version": __version__}
+    folder, prompts = Path(arguments.out), arguments.prompts or [""]
+    cells = [(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in arguments.seeds]
+    for image, (number, prompt, seed) in zip(images, cells, strict=True):
+        save_png(folder / f"{number:05d}-{seed}.png", image, {"prompt": prompt, "seed": seed, **common})
+    save_png(folder / "grid.png", grid(images, prompts, len(arguments.seeds)))
+    print(f"Pictures: {len(images)} in {folder}, all together in {folder / 'grid.png'}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    model = _load(arguments.model, arguments.device)
+    settings = _drawing_settings(arguments)
+    print(json.dumps(_score(model, arguments.images_per_class, **settings), indent=2))
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from diffusion_unet.info import describe
+
+    for key, value in describe(Path(arguments.path)).items():
+        line = f"{key}: {value}"
+        # What stands in a file that came from elsewhere does not get to steer the terminal.
+        print("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line))
+
+
+# --- what the verbs take from both siblings
+
+
+def _load(folder: str | Path, device: str | None = None) -> "DiffusionModel":
+    import torch
+
+    from diffusion_unet.model import DiffusionModel
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return DiffusionModel.load(folder, device=device)
+
+
+def _draw(model: "DiffusionModel", prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list["Image"]:
+    sibling("sampling")
+    from tqdm import tqdm
+
+    from sampling import sample
+
+    with tqdm(desc="drawing", unit="step", leave=False, disable=None) as bar:  # None: shown on a terminal only
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return sample(model, prompts or None, seeds=seeds, progress=progress, **settings)
+
+
+def _train_with_previews(config: "Config") -> Path:
+    sibling("training")
+    from training import train
+
+    settings = {
+        "steps": config.validation.num_inference_steps,
+        "guidance_scale": config.validation.guidance_scale,
+    }
+    return train(config, preview=lambda model, prompts, seeds: _draw(model, prompts, seeds, **settings))
+
+
+def _export_run(run: Path, out: Path, **settings: Any) -> Path:
+    sibling("training")
+    from training import export
+
+    return export(run, out, **settings)
+
+
+def _score(model: "DiffusionModel", images_per_class: int, **settings: Any) -> dict[str, Any]:
+    sibling("training")
+    from training.evaluate import score_fashion
+
+    scores = score_fashion(lambda prompts, seeds: _draw(model, prompts, seeds, **settings), images_per_class)
+    return {**scores, **settings}
+
+
+# --- parser
+
+
+class _Verb(NamedTuple):
+    summary: str
+    run: Callable[[argparse.Namespace], None]
+    define: Callable[[Parser], None]  # adds the arguments
+    examples: str
+    overrides: bool = False  # takes --section.key=value
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    name = argv[0] if argv else "--help"
+    if name in ("--help", "-h"):
+        print("usage: diffusion-unet VERB ...\n\n" + "\n".join(f"  {verb:12}{VERBS[verb].summary}" for verb in VERBS))
+        print("\n`diffusion-unet VERB --help` shows what a verb takes, and commands that run.")
+        raise SystemExit(0)
+    if name == "--version":
+        print(f"diffusion-unet {__version__}")
+        raise SystemExit(0)
+    if name not in VERBS:
+        raise InputError(f"unknown verb {name}{nearest(name, VERBS)}; the verbs are {', '.join(VERBS)}")
+    verb = VERBS[name]
+    parser = Parser(f"diffusion-unet {name}", verb.summary, verb.examples)
+    verb.define(parser)
+    rest, overrides = split_overrides(argv[1:]) if verb.overrides else (argv[1:], [])
+    arguments, unknown = parser.parse_known_args(rest)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].partition('=')[0], parser.known)}")
+    arguments.run, arguments.overrides = verb.run, overrides
+    return arguments
+
+
+def _define_drawing(parser: Parser) -> None:
+    parser.add_argument("--steps", type=whole, default=20, help="sampling steps (%(default)s)")
+    parser.add_argument(
+        "--guidance-scale", type=finite, default=4.0, help="classifier-free guidance; 1 is none (%(default)s)"
+    )
+    parser.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="%(choices)s (%(default)s)")
+    parser.add_argument("--negative-prompt", default="", help="what the pictures should not show (nothing)")
+    parser.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels (as trained)")
+    parser.add_argument("--batch-size", type=whole, default=16, help="pictures drawn at once (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
+
+
+def _drawing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("steps", "guidance_scale", "solver", "negative_prompt", "size", "batch_size")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _define_quickstart(parser: Parser) -> None:
+    parser.add_argument("--output-dir", default="runs/quickstart", help="folder for all that it makes (%(default)s)")
+
+
+def _define_train(parser: Parser) -> None:
+    sibling("training")
+    from training.config import help_text
+
+    parser.usage = "diffusion-unet train CONFIG [--section.key=value ...]"
+    parser.add_argument("config", metavar="CONFIG", help="YAML file with the sections below")
+    parser.epilog = f"{parser.epilog}\n\nsettings, their defaults, and what they mean:\n\n{help_text()}"
+
+
+def _define_export(parser: Parser) -> None:
+    parser.add_argument("source", metavar="RUN", help="folder of a training run")
+    parser.add_argument("out", metavar="OUT", help="folder to write the model to")
+    parser.add_argument("--ema", metavar="NAME", help="which averaged weights (the run's own); none: the last weights")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="number format of the weights (fp32)")
+    parser.add_argument("--variant", help="word in the names of the weight files, such as fp16 (none)")
+
+
+def _define_sample(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder, as `export` writes it")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw")
+    parser.add_argument("--seeds", type=seeds, default=[0], help="0-7 or 0,3: one picture of each prompt for each (0)")
+    _define_drawing(parser)
+    parser.add_argument("--out", default="out", help="folder for the pictures (%(default)s)")
+
+
+def _define_evaluate(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder, trained on the embedded photographs")
+    parser.add_argument("--images-per-class", type=whole, default=12, help="pictures of each noun (%(default)s)")
+    _define_drawing(parser)
+
+
+def _define_info(parser: Parser) -> None:
+    parser.add_argument("path", metavar="PATH", help="model folder, run, checkpoint, weights, config or picture")
+
+
+VERBS = {
+    "quickstart": _Verb(
+        "train, export and draw with the embedded photographs of clothing (5 minutes on two CPU cores)",
+        _quickstart,
+        _define_quickstart,
+        """examples:
+  diffusion-unet quickstart
+  diffusion-unet quickstart --train.max_train_steps=50 --output-dir runs/short
+
+--section.key=value changes a setting of configs/quickstart.yaml; `diffusion-unet train --help` lists them.""",
+        overrides=True,
+    ),
+    "train": _Verb(
+        "train a model on captioned images; a run that was stopped goes on where it was",
+        _train,
+        _define_train,
+        """examples:
+  diffusion-unet train configs/quickstart.yaml --train.output_dir=runs/mine --train.max_train_steps=200
+  diffusion-unet train configs/emoji-32.yaml --optimizer.learning_rate=5e-4
+  accelerate launch -m diffusion_unet train configs/quickstart.yaml""",
+        overrides=True,
+    ),
+    "export": _Verb(
+        "write a run's model as a diffusers folder",
+        _export,
+        _define_export,
+        """examples:
+  diffusion-unet export runs/quickstart model
+  diffusion-unet export runs/quickstart model --dtype fp16 --variant fp16""",
+    ),
+    "sample": _Verb(
+        "draw pictures from prompts",
+        _sample,
+        _define_sample,
+        """examples:
+  diffusion-unet sample runs/quickstart/model "a photo of a sneaker" --seeds 0-7 --out out
+  diffusion-unet sample runs/quickstart/model "a bag" "a coat" --steps 40 --guidance-scale 2 --solver ddim""",
+    ),
+    "evaluate": _Verb(
+        "prompt accuracy of a model of the embedded photographs, as JSON",
+        _evaluate,
+        _define_evaluate,
+        """examples:
+  diffusion-unet evaluate runs/quickstart/model
+  diffusion-unet evaluate runs/quickstart/model --guidance-scale 2 --images-per-class 24""",
+    ),
+    "info": _Verb(
+        "say what a file or folder is; nothing in it is run or unpickled",
+        _info,
+        _define_info,
+        """examples:
+  diffusion-unet info runs/quickstart/model
+  diffusion-unet info out/00000-0.png
+  diffusion-unet info configs/sdxl.json""",
+    ),
+}

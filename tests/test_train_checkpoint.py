@@ -1,0 +1,163 @@
+"""Checkpoints of a run: whole or absent, verified, and what was there before is never lost."""
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion_unet.errors import InputError, SaveError
+from training import checkpoint
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    layered = torch.full((2, 3, 4, 4), value).contiguous(memory_format=torch.channels_last)
+    return {"model": {"w": layered, "b": torch.full((3,), value)}, "optimizer": {"exp_avg.w": layered + 1}}
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 7, {"images_seen": 28}, tensors(0.5), keep=2)
+    assert path == tmp_path / "checkpoint-7"
+    assert names(path) == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    found = checkpoint.load(tmp_path)
+    assert found and found.path == path and found.state == {"format": 1, "step": 7, "images_seen": 28}
+    for name, part in tensors(0.5).items():
+        assert part.keys() == found.tensors[name].keys()
+        assert all(torch.equal(tensor, found.tensors[name][key]) for key, tensor in part.items())
+    assert torch.equal(load_file(path / "model.safetensors")["b"], torch.full((3,), 0.5))
+    assert found.averages == [] and checkpoint.load(tmp_path / "none") is None
+
+
+def test_averages_by_name(tmp_path: Path) -> None:
+    checkpoint.save(
+        tmp_path, 1, {}, {name: {"w": torch.ones(1)} for name in ("model", "ema_0.99", "ema_0.999")}, keep=None
+    )
+    found = checkpoint.load(tmp_path)
+    assert found and sorted(found.averages) == ["0.99", "0.999"]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(2, [9, 100]), (3, [2, 9, 100]), (1, [9, 100]), (None, [1, 2, 9, 100])])
+def test_retention_keeps_the_newest_and_at_least_two(tmp_path: Path, keep: int | None, left: list[int]) -> None:
+    for step in (1, 2, 9, 100):
+        checkpoint.save(tmp_path, step, {}, tensors(step), keep)
+    assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in left)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped byte": ("model.safetensors", flip_a_byte),
+    "a cut file": ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-7])),
+    "a missing file": ("optimizer.safetensors", Path.unlink),
+    "a changed state": ("state.json", flip_a_byte),
+    "no manifest": ("manifest.json", Path.unlink),
+    "an empty manifest": ("manifest.json", lambda path: path.write_text("{}")),
+    "a manifest cut short": ("manifest.json", lambda path: path.write_text(path.read_text()[:-9])),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, kind: str) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {}, tensors(step), keep=2)
+    file, damage = DAMAGE[kind]
+    damage(tmp_path / "checkpoint-2" / file)
+    told: list[str] = []
+    found = checkpoint.load(tmp_path, told.append)
+    assert found and found.state["step"] == 1
+    assert len(told) == 1 and str(tmp_path / "checkpoint-2" / file) in told[0] and "\n" not in told[0]
+
+
+def test_nothing_whole_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {}, tensors(1), keep=2)
+    flip_a_byte(tmp_path / "checkpoint-1" / "model.safetensors")
+    with pytest.raises(InputError, match="none of its 1 checkpoints is whole"):
+        checkpoint.load(tmp_path, lambda message: None)
+
+
+def test_a_manifest_names_files_of_its_folder_only(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, {}, tensors(1), keep=2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["../secret.safetensors"] = {"bytes": 1, "sha256": ""}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="missing"):
+        checkpoint.read(path)
+
+
+def test_space_is_looked_up_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, {}, tensors(1), keep=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 1000))
+    with pytest.raises(SaveError, match=r"checkpoint-2: \d+ bytes are needed and 1000 are free") as caught:
+        checkpoint.save(tmp_path, 2, {}, tensors(2), keep=2)
+    assert caught.value.exit_code == 4
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_no_space_at_any_write_leaves_the_old_and_no_debris(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Every write and every rename is followed by `os.fsync`; each in turn finds the disk full."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {}, tensors(step), keep=2)
+    calls = iter(range(1000))
+
+    def full(descriptor: int) -> None:
+        if next(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SaveError, match=r"No space left on device.* bytes are needed"):
+        checkpoint.save(tmp_path, 3, {}, tensors(3), keep=2)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    found = checkpoint.load(tmp_path)
+    assert found and found.state["step"] == 2
+    checkpoint.save(tmp_path, 3, {}, tensors(3), keep=2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, {}, tensors(1), keep=2)
+    shutil.copytree(path, tmp_path / f"{checkpoint.HIDDEN}checkpoint-2")
+    shutil.copytree(path, tmp_path / f"{checkpoint.HIDDEN}old-checkpoint-0")
+    found = checkpoint.load(tmp_path)
+    assert found and found.path == path
+    checkpoint.sweep(tmp_path)
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        checkpoint.save(tmp_path, 5, {}, tensors(value), keep=2)
+    found = checkpoint.load(tmp_path)
+    assert found and found.tensors["model"]["b"].tolist() == [2.0] * 3
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "w is missing"),
+        ({"w": torch.zeros(2), "v": torch.zeros(2)}, "v is not part of this run"),
+        ({"w": torch.zeros(3)}, r"w is \[\[3\], 'torch.float32'\] in the checkpoint and \[\[2\]"),
+        ({"w": torch.zeros(2, dtype=torch.float64)}, "float64"),
+    ],
+)
+def test_check_tensors(given: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=f"file: {message}" if "float64" not in message else message):
+        checkpoint.check_tensors({"w": torch.zeros(2)}, given, "file")

@@ -1,0 +1,167 @@
+"""The settings: read strictly, overridden in order, refused in one line."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffusion_unet.errors import InputError
+from training import config as settings_module
+from training.config import Config, changed, config_from_dict, help_text, load_config, settings, to_dict
+
+BASE = "model: {unet: {}}\ndata: {train_data_dir: images}\ntrain: {output_dir: run}\n"
+
+
+def load(tmp_path: Path, text: str = BASE, *overrides: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def refusal(tmp_path: Path, text: str = BASE, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, text, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_yaml_and_defaults(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, BASE + "optimizer: {learning_rate: 1e-3}\nvalidation: {validation_prompts: [a cat, a dog]}\n"
+    )
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.validation.validation_prompts == ("a cat", "a dog")
+    assert config.data.train_data_dir == "images"
+    assert config.train.mixed_precision == "no"
+    assert config.model.schedule.kind == "scaled_linear"
+    assert config == config_from_dict(to_dict(config), "itself")
+
+
+def test_no_is_a_word_and_integers_are_numbers(tmp_path: Path) -> None:
+    config = load(tmp_path, BASE.replace("{output_dir: run}", "{output_dir: run, mixed_precision: no, ema_decay: 1}"))
+    assert config.train.mixed_precision == "no"
+    assert config.train.ema_decay == 1.0 and isinstance(config.train.ema_decay, float)
+
+
+def test_overrides_are_applied_in_order_after_the_file(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        BASE + "optimizer: {learning_rate: 0.1}\n",
+        "--optimizer.learning_rate=1e-2",
+        "--optimizer.learning_rate=2e-2",
+        "--validation.validation_prompts=[red, blue]",
+        "--train.ema_decay=null",
+        "--train.output_dir=2024",
+        "--model.unet.sample_size=16",
+        "--data.train_data_dir=a: b",
+    )
+    assert config.optimizer.learning_rate == 2e-2
+    assert config.validation.validation_prompts == ("red", "blue")
+    assert config.train.ema_decay is None
+    assert config.train.output_dir == "2024"
+    assert config.model.unet == {"sample_size": 16}
+    assert config.data.train_data_dir == "a: b"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["--train.max_trian_steps=5"], ["train.max_trian_steps", "the nearest is train.max_train_steps"]),
+        (["--train.learning_rate=5"], ["train.learning_rate", "the nearest is optimizer.learning_rate"]),
+        (["--trian.seed=5"], ["trian", "the nearest is train"]),
+        (["--train.max_train_steps=five"], ["train.max_train_steps", "an integer at least 1", '"five"']),
+        (["--train.max_train_steps=0"], ["train.max_train_steps", "at least 1", "got 0"]),
+        (["--train.max_train_steps=1.5"], ["train.max_train_steps", "an integer", "1.5"]),
+        (["--train.max_train_steps=true"], ["train.max_train_steps", "an integer", "true"]),
+        (['--train.max_train_steps="5"'], ["train.max_train_steps", "an integer", '"5"']),
+        (["--data.random_flip=1"], ["data.random_flip", "true or false", "got 1"]),
+        (["--data.caption_dropout=1.5"], ["data.caption_dropout", "at least 0 and at most 1", "1.5"]),
+        (["--optimizer.learning_rate=.nan"], ["optimizer.learning_rate", "a number"]),
+        (["--train.mixed_precision=fp8"], ["train.mixed_precision", "one of no, fp16, bf16", '"fp8"']),
+        (["--validation.validation_prompts=a cat"], ["validation.validation_prompts", "a list of texts", '"a cat"']),
+        (["--validation.validation_prompts=[1]"], ["validation.validation_prompts", "a list of texts"]),
+        (["--train=5"], ["train", "expected a section", "got 5"]),
+        (["--train.seed.x=5"], ["train.seed", "an integer"]),
+        (["--train.checkpoints_total_limit=1"], ["train.checkpoints_total_limit", "at least 2"]),
+        (["--model.tokenizer.max_lenght=9"], ["model.tokenizer.max_lenght", "model.tokenizer.max_length"]),
+        (["train.seed=5"], ["expected --section.key=value"]),
+        (["--train.seed"], ["expected --section.key=value"]),
+        (["--train.seed=[5"], ["not valid YAML"]),
+        (["--model.pretrained=folder"], ["model.unet or model.pretrained"]),
+        (["--objective.snr_gamma=5"], ["objective.snr_gamma", "min_snr"]),
+        (["--objective.noise_distribution=uniform", "--objective.ln_sigma_std=1"], ["objective.ln_sigma_std"]),
+        (["--model.schedule.shift=3"], ["model.schedule.shift", "only with kind flow"]),
+        (["--model.schedule.zero_snr=true"], ["model.schedule.zero_snr", "v_prediction"]),
+        (["--train.gradient_accumulation_steps=65"], ["gradient_accumulation_steps", "65"]),
+        (["--optimizer.lr_scheduler=constant", "--optimizer.lr_warmup_steps=5"], ["optimizer.lr_warmup_steps"]),
+    ],
+)
+def test_bad_settings_are_named_in_one_line(tmp_path: Path, overrides: list[str], named: list[str]) -> None:
+    message = refusal(tmp_path, BASE, *overrides)
+    for part in named:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("model: {unet: {}}\ntrain: {output_dir: run}\n", "data.train_data_dir is missing"),
+        ("train: {seed: 1, seed: 2}\n", "given twice"),
+        ("train: [\n", "not valid YAML"),
+        ("just text\n", "expected sections"),
+        ("? [a]\n: b\n", "unhashable key"),
+        ("a: &a [*a]\n", "config.yaml"),
+        ("!!python/object/apply:os.system [true]\n", "not valid YAML"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, part: str) -> None:
+    assert part in refusal(tmp_path, text)
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such config file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(InputError, match="UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_parts_of_a_pretrained_model_are_not_configured(tmp_path: Path) -> None:
+    text = BASE.replace("unet: {}", "pretrained: some/folder")
+    assert load(tmp_path, text).model.pretrained == "some/folder"
+    assert "model.pixel_mean" in refusal(tmp_path, text, "--model.pixel_mean=0.5")
+    assert "model.schedule" in refusal(tmp_path, text, "--model.schedule.kind=flow")
+    assert load(tmp_path, text, "--model.train_text_encoder=true").model.train_text_encoder is True
+
+
+def test_changed_names_what_a_run_cannot_be_resumed_with(tmp_path: Path) -> None:
+    old = to_dict(load(tmp_path))
+    free = to_dict(
+        load(tmp_path, BASE, "--train.max_train_steps=9", "--train.output_dir=else", "--data.train_data_dir=b")
+    )
+    assert changed(old, free) == []
+    other = to_dict(load(tmp_path, BASE, "--optimizer.learning_rate=0.5", "--model.unet.layers_per_block=3"))
+    assert changed(old, other) == [
+        'model.unet: {} -> {"layers_per_block": 3}',
+        "optimizer.learning_rate: 0.0001 -> 0.5",
+    ]
+
+
+def test_every_setting_is_explained() -> None:
+    for item in settings():
+        assert len(item.help) > 5, item.key
+        if "null" in item.type.split():
+            assert "null" in item.help or item.key == "model.unet", item.key
+    lines = help_text().splitlines()
+    assert len(lines) == len(settings())
+    assert any(line.startswith("  --train.max_train_steps=1000  (an integer)") for line in lines)
+
+
+def test_reading_settings_needs_no_torch() -> None:
+    code = "import sys, training.config; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    begun = time.perf_counter()
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(settings_module.__file__).parents[1]).returncode == 0
+    assert time.perf_counter() - begun < 20

@@ -1,0 +1,174 @@
+"""Checkpoints of a run: each a folder that is whole or absent, safetensors and JSON only.
+
+    checkpoint-500/     model.safetensors, ema_*.safetensors, optimizer.safetensors
+                        state.json      how far the run is, and what it may be resumed with
+                        manifest.json   size and sha256 of every other file, written last
+
+Everything is written to a hidden folder first and synced, then the folder is renamed, then its parent synced, and only
+then are older ones removed. A folder under its final name is therefore complete; the manifest finds what happened to
+it later.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffusion_unet.checkpoint import read_json, read_safetensors, write_json, write_safetensors
+from diffusion_unet.errors import InputError, SaveError
+
+FORMAT = 1
+STATE, MANIFEST = "state.json", "manifest.json"
+HIDDEN = ".unfinished-"  # also what is on its way out
+SPARE_BYTES = 1 << 20  # JSON, headers, directories
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, read: `tensors` by file without suffix ("model", "optimizer", "ema_0.999")."""
+
+    path: Path
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    @property
+    def averages(self) -> list[str]:
+        """Names of the averages of the weights that it holds."""
+        return [name.removeprefix("ema_") for name in self.tensors if name.startswith("ema_")]
+
+
+def save(
+    run: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int | None
+) -> Path:
+    """Writes `checkpoint-{step}` under `run`, then removes all but the newest `keep` (at least 2; None keeps all).
+
+    Raises SaveError with the path and the bytes needed; then nothing is left behind, and older ones are untouched."""
+    final = run / f"checkpoint-{step}"
+    partial = run / f"{HIDDEN}{final.name}"
+    needed = SPARE_BYTES + sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run).free
+        if free < needed:
+            raise SaveError(f"{final}: {needed} bytes are needed and {free} are free: make room, and run this again")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _write(partial, {"format": FORMAT, "step": step, **state}, tensors)
+        if final.exists():
+            _remove(final)
+        os.rename(partial, final)
+        sync_folder(run)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SaveError):
+            raise
+        raise SaveError(
+            f"{final}: could not be saved ({error.strerror or error}); {needed} bytes are needed"
+        ) from error
+    if keep is not None:
+        for old in whole_looking(run)[max(keep, 2) :]:
+            _remove(old)
+    return final
+
+
+def _write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, part in tensors.items():
+        write_safetensors(folder / f"{name}.safetensors", part)
+    write_json(folder / STATE, state)
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(folder.iterdir())}
+    sync_folder(folder)
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
+    sync_folder(folder)
+
+
+def load(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, None where it has none at all. `say` is told of each that is damaged.
+
+    Raises InputError when there are checkpoints and every one is damaged."""
+    candidates = whole_looking(run)
+    for path in candidates:
+        try:
+            return read(path)
+        except InputError as error:
+            say(f"{error}; falling back to the checkpoint before it")
+    if candidates:
+        raise InputError(f"{run}: none of its {len(candidates)} checkpoints is whole: remove them to begin anew")
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """One checkpoint, every file compared with the manifest. Raises InputError, naming the file that is damaged."""
+    manifest = read_json(path / MANIFEST)
+    files = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(files, dict) or STATE not in files:
+        raise InputError(f"{path / MANIFEST}: not a manifest of format {FORMAT}")
+    tensors = {}
+    for name, expected in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise InputError(f"{file}: missing")
+        if not isinstance(expected, dict) or file.stat().st_size != expected.get("bytes"):
+            raise InputError(f"{file}: {file.stat().st_size} bytes long, not as in the manifest")
+        if _digest(file) != expected.get("sha256"):
+            raise InputError(f"{file}: damaged, its sha256 is not that of the manifest")
+        if file.suffix == ".safetensors":
+            tensors[file.stem] = read_safetensors(file)
+    state = read_json(path / STATE)
+    if not isinstance(state.get("step"), int):
+        raise InputError(f"{path / STATE}: no step in it")
+    return Checkpoint(path, state, tensors)
+
+
+def whole_looking(run: Path) -> list[Path]:
+    """The checkpoint folders of a run by name, newest first."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def sweep(run: Path) -> None:
+    """Removes what an interrupted save or removal left behind."""
+    for path in run.glob(f"{HIDDEN}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def _remove(path: Path) -> None:
+    """First out of sight under a name that is no checkpoint's: half a checkpoint is never seen."""
+    hidden = path.with_name(f"{HIDDEN}old-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raises InputError, naming the first key, unless both have the same keys, shapes and dtypes."""
+    for key in [*expected, *given]:
+        if key not in given:
+            raise InputError(f"{source}: {key} is missing")
+        if key not in expected:
+            raise InputError(f"{source}: {key} is not part of this run")
+        if (expected[key].shape, expected[key].dtype) != (given[key].shape, given[key].dtype):
+            was, now = ([list(tensor.shape), str(tensor.dtype)] for tensor in (given[key], expected[key]))
+            raise InputError(f"{source}: {key} is {was} in the checkpoint and {now} in this run")

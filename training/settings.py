@@ -1,0 +1,213 @@
+"""Reading settings into frozen dataclasses: strictly typed, and every fault is one line that names the key.
+
+A field made by `setting` carries its explanation, its bounds, and whether a run may be
+resumed with another value. Types are int, float, bool, str, Literal of texts, dict[str, Any], tuple[str, ...], another
+dataclass (a section), or one of them or None.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import field
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import yaml
+
+from diffusion_unet.errors import InputError
+
+REQUIRED = object()
+
+
+def explain(
+    help: str, *, low: float | None = None, high: float | None = None, fixed: bool = True, required: bool = False
+) -> dict[str, Any]:
+    """The metadata of a field. `low` and `high` are inclusive bounds of a number; `fixed` says that a run cannot be
+    resumed with another value."""
+    return {"help": help, "low": low, "high": high, "fixed": fixed, "required": required}
+
+
+def setting(default: Any, help: str, **more: Any) -> Any:
+    """A field with an immutable default, or REQUIRED, and its explanation; `more` as for `explain`."""
+    required = default is REQUIRED
+    return field(default=None if required else default, metadata=explain(help, required=required, **more))
+
+
+class Setting(NamedTuple):
+    key: str  # dotted
+    type: str  # in words; empty for a section
+    default: str  # as YAML, or "required"
+    help: str
+    fixed: bool  # a run cannot be resumed with another value
+
+
+def leaves(kind: Any, prefix: str = "") -> Iterator[Setting]:
+    """Every setting of the dataclass, sections before their settings, in order."""
+    for spec in dataclasses.fields(kind):
+        key, section, meta = prefix + spec.name, _section(spec.type), spec.metadata
+        if section:
+            yield Setting(key, "", "", meta["help"], meta["fixed"])
+            yield from leaves(section, key + ".")
+        else:
+            default = "required" if meta["required"] else show(spec.default)
+            yield Setting(key, _name(spec.type), default, meta["help"], meta["fixed"])
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-4 is a number, `no` is a word, a key given twice is an error."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{source}{place}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError, TypeError) as error:
+        raise InputError(f"{source}: not valid YAML: {str(error).partition(chr(10))[0]}") from None
+
+
+def apply(kind: Any, tree: dict[str, Any], override: str) -> None:
+    """Writes one `--section.key=value` into the tree of settings of the dataclass `kind`. Raises InputError."""
+    key, equals, text = override.removeprefix("--").partition("=")
+    names = key.split(".")
+    if not (override.startswith("--") and equals and all(names)):
+        raise InputError(f"{override}: expected --section.key=value")
+    for depth, name in enumerate(names[:-1]):
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise InputError(f"{override}: {'.'.join(names[: depth + 1])} is not a section")
+    # A path or a prompt is text, whatever YAML would make of it.
+    is_text = text != "null" and str in _choices(_find(kind, names))
+    tree[names[-1]] = text if is_text else parse(text, override)
+
+
+def build(kind: Any, tree: Any, source: str, prefix: str = "", root: Any = None) -> Any:
+    """A dataclass `kind` from a tree of mappings; `source` (a file) begins every message. Raises InputError."""
+    root = root or kind
+    fields = {spec.name: spec for spec in dataclasses.fields(kind)}
+    if not isinstance(tree, dict):
+        expected = f"a section with {', '.join(fields)}"
+        raise InputError(f"{source}: {prefix.rstrip('.')}: expected {expected}, got {show(tree)}")
+    unknown = next((str(name) for name in tree if name not in fields), None)
+    if unknown is not None:
+        raise InputError(f"{source}: {prefix}{unknown} is not a setting; {_nearest(root, prefix, unknown)}")
+    values: dict[str, Any] = {}
+    for name, spec in fields.items():
+        section, given = _section(spec.type), tree.get(name)
+        if given is None and name in tree and types.NoneType in _choices(spec.type):
+            values[name] = None
+        elif section:
+            values[name] = build(section, {} if given is None else given, source, f"{prefix}{name}.", root)
+        elif name in tree:
+            values[name] = _convert(given, spec, f"{source}: {prefix}{name}")
+        elif spec.metadata["required"]:
+            raise InputError(f"{source}: {prefix}{name} is missing: {spec.metadata['help']}")
+    return kind(**values)
+
+
+def _convert(value: Any, spec: "dataclasses.Field[Any]", key: str) -> Any:
+    hint: Any = spec.type
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    for choice in _choices(hint):
+        if choice in (int, float) and _is_number(value, choice):
+            if (low is None or value >= low) and (high is None or value <= high):
+                return choice(value)
+        elif _accepts(choice, value):
+            return tuple(value) if isinstance(value, list) else value
+    limits = " and ".join(
+        f"{word} {bound:g}" for word, bound in (("at least", low), ("at most", high)) if bound is not None
+    )
+    raise InputError(f"{key}: expected {' '.join([_name(hint), limits]).strip()}, got {show(value)}")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return (
+        isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    )
+
+
+def _accepts(choice: Any, value: Any) -> bool:
+    origin = typing.get_origin(choice)
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(choice)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    if origin is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return choice in (bool, str) and isinstance(value, choice)
+
+
+def _nearest(root: Any, prefix: str, name: str) -> str:
+    known = [item.key for item in leaves(root)]
+    here = {key.removeprefix(prefix): key for key in known if key.startswith(prefix)}
+    anywhere = {key.rpartition(".")[2]: key for key in known}
+    near = anywhere.get(name) or _closest(name, here) or _closest(name, anywhere)
+    return f"the nearest is {near}" if near else f"there are {', '.join(here)}"
+
+
+def _closest(name: str, keys: dict[str, str]) -> str | None:
+    return next((keys[match] for match in get_close_matches(name, keys, n=1)), None)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+
+
+def _section(hint: Any) -> Any:
+    return next((choice for choice in _choices(hint) if dataclasses.is_dataclass(choice)), None)
+
+
+def _find(kind: Any, names: list[str]) -> Any:
+    """The type of the setting with these names, None when there is none (or it lies inside a free mapping)."""
+    hint: Any = kind
+    for name in names:
+        section = _section(hint)
+        hint = next((spec.type for spec in dataclasses.fields(section) if spec.name == name), None) if section else None
+    return hint
+
+
+def _name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    origins = {dict: "a mapping", tuple: "a list of texts"}
+    parts = []
+    for choice in _choices(hint):
+        if typing.get_origin(choice) is Literal:
+            parts.append("one of " + ", ".join(typing.get_args(choice)))
+        else:
+            parts.append(names.get(choice) or origins[typing.get_origin(choice)])
+    return " or ".join(parts)
+
+
+def show(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
