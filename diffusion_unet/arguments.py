@@ -57,7 +57,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """ ": did you mean NAME?" with the most similar of `names`; nothing when none is similar."""
-    matches = get_close_matches(name, names, n=1, cutoff=0.5)
+    matches = get_close_matches(name, names, n=1, cutoff=0.6)
     return f": did you mean {matches[0]}?" if matches else ""
 
 

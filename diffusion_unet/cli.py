@@ -7,6 +7,7 @@ numbers, 4 could not save, 75 told to stop and saved, 130 interrupted. torch is 
 import argparse
 import errno
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -80,7 +81,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from training.config import load_config
 
     run = _train_with_previews(load_config(arguments.config, arguments.overrides))
-    print(f"Run: {run}. Next: {command()} export {_quote(run)} {_quote(run / 'model')}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(f"Run: {run}. Next: {command()} export {_quote(run)} {_quote(run / 'model')}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -97,6 +99,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     model = _load(arguments.model, arguments.device)
     images = _draw(model, arguments.prompts, arguments.seeds, **settings)
     common = {**settings, "model": arguments.model, "model_hash": model.fingerprint(), "version": __version__}
+    del common["batch_size"]  # the pictures do not depend on it
     folder, prompts = Path(arguments.out), arguments.prompts or [""]
     cells = [(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in arguments.seeds]
     for image, (number, prompt, seed) in zip(images, cells, strict=True):

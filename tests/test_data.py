@@ -189,3 +189,34 @@ def test_a_split_leaves_something_to_train_on(tmp_path: Path) -> None:
     assert len(kept) == 8 and len(held_out) == 4
     with pytest.raises(InputError, match=r"data\.held_out: 12 of 12"):
         dataset.split(0, 12)
+
+
+def saved_data_set(folder: Path, tmp: Path, **columns: Any) -> Path:
+    import datasets
+
+    image_folder(tmp)
+    rows = [json.loads(line) for line in (tmp / "metadata.jsonl").read_text().splitlines()]
+    captions = [row["text"] if isinstance(row["text"], list) else [row["text"]] for row in rows]
+    table = {"image": [str(tmp / row["file_name"]) for row in rows], "text": captions, **columns}
+    saved = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+    saved.map(lambda row: row).save_to_disk(str(folder))
+    return folder
+
+
+def test_a_saved_data_set_gives_what_its_folder_gives(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    saved = look(saved_data_set(tmp_path / "saved", tmp_path / "data"))
+    folder = look(tmp_path / "data")
+    assert len(saved) == 12 and not saved.bad
+    assert saved.fingerprint == folder.fingerprint
+    assert saved.source.name(2) == f"{tmp_path / 'saved'}, row 3"
+
+
+def test_a_saved_data_set_without_the_column_is_refused(tmp_path: Path) -> None:
+    folder = saved_data_set(tmp_path / "saved", tmp_path / "data")
+    with pytest.raises(InputError, match=r"data\.caption_column: .* has no column 'caption'; it has image, text"):
+        look(folder, caption_column="caption")
+    with pytest.raises(InputError, match=r"data\.image_column: column 'text' of .* does not hold images"):
+        look(folder, image_column="text")
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot be read as a saved data set"):
+        look(folder)

@@ -88,13 +88,19 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     train_data_dir: str = setting(
-        REQUIRED, 'folder with metadata.jsonl, or images with .txt beside them; or "fashion-mnist"', fixed=False
+        REQUIRED,
+        "folder with metadata.jsonl, with images and .txt beside them, or saved by datasets' save_to_disk; or"
+        ' "fashion-mnist" or "twemoji"',
+        fixed=False,
     )
-    image_column: str = setting(
-        "file_name", "key of metadata.jsonl that holds the path of the image, relative to the folder", fixed=False
+    image_column: str | None = setting(
+        None,
+        "key or column of the image; null is file_name in metadata.jsonl (a path within the folder) and image in a"
+        " saved data set",
+        fixed=False,
     )
     caption_column: str = setting(
-        "text", "key of metadata.jsonl that holds the caption, or a list of captions to choose from", fixed=False
+        "text", "key or column of the caption, or of a list of captions to choose from", fixed=False
     )
     resolution: int = setting(
         32, "side of the training images in pixels: the shorter side is scaled to it, the longer cropped", low=1

@@ -29,6 +29,7 @@ MAX_ASPECT = 16  # of what is kept of an image; a strip that is longer loses its
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CAPTION_SUFFIX = ".txt"
 METADATA = "metadata.jsonl"
+SAVED = "dataset_info.json"  # in a folder that datasets' save_to_disk has written
 LISTED = 20  # bad samples that are printed; the file has all of them
 
 
@@ -97,6 +98,38 @@ class Folder:
         return self.rows[index].name
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A data set of Hugging Face's `datasets` that its `save_to_disk` has written; decoding is ours all the same."""
+
+    folder: Path
+    rows: Any  # datasets.Dataset, its image column undecoded
+    config: DataConfig
+    channels: int
+    background: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def captions(self, index: int) -> list[str]:
+        captions, fault = _captions(self.rows[index][self.config.caption_column], self.config)
+        if fault:
+            raise InputError(f"{self.name(index)}: {fault}")
+        return captions
+
+    def image(self, index: int) -> Image.Image:
+        image = self.rows[index][_column(self.config, "image")]
+        content = None if image is None else image["bytes"]
+        if not content:
+            raise InputError(
+                f"{self.name(index)}: the row holds no image (only images saved with the data set are read, not paths)"
+            )
+        return open_image(content, self.channels, self.background, name=self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.folder}, row {index + 1}"
+
+
 def open_source(config: DataConfig, channels: int) -> Source:
     """The source that `data.train_data_dir` names. Raises InputError where there is none."""
     if config.train_data_dir == "fashion-mnist":
@@ -115,11 +148,38 @@ def open_source(config: DataConfig, channels: int) -> Source:
     except ValueError:
         raise InputError(f"data.background: {config.background!r} is no colour; try white, black or #808080") from None
     assert isinstance(background, tuple)
+    background = (background[0], background[1], background[2])
+    if (folder / SAVED).is_file():
+        return Saved(folder, _read_saved(folder, config), config, channels, background)
     metadata = folder / METADATA
     rows = _read_metadata(metadata, config) if metadata.is_file() else _read_sidecars(folder)
     if not rows:
         raise InputError(f"data.train_data_dir: {folder} has neither {METADATA} nor images with {CAPTION_SUFFIX} files")
-    return Folder(folder, rows, channels, (background[0], background[1], background[2]))
+    return Folder(folder, rows, channels, background)
+
+
+def _column(config: DataConfig, default: str) -> str:
+    return config.image_column or default
+
+
+def _read_saved(folder: Path, config: DataConfig) -> Any:
+    import datasets
+
+    image, caption = _column(config, "image"), config.caption_column
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise InputError(f"data.train_data_dir: {folder} cannot be read as a saved data set ({line})") from None
+    if not isinstance(rows, datasets.Dataset):
+        raise InputError(f"data.train_data_dir: {folder} holds several splits; name one of its sub-folders")
+    for key, column in (("image", image), ("caption", caption)):
+        if column not in rows.column_names:
+            known = ", ".join(rows.column_names)
+            raise InputError(f"data.{key}_column: {folder} has no column {column!r}; it has {known}")
+    if not isinstance(rows.features[image], datasets.Image):
+        raise InputError(f"data.image_column: column {image!r} of {folder} does not hold images")
+    return rows.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
 
 
 def _read_metadata(path: Path, config: DataConfig) -> list[Row]:
@@ -134,16 +194,21 @@ def _read_row(line: bytes, place: str, config: DataConfig) -> Row:
         return Row(place, None, (), "the line is no JSON")
     if not isinstance(values, dict):
         return Row(place, None, (), "the line is no JSON object")
-    file = values.get(config.image_column)
+    column = _column(config, "file_name")
+    file = values.get(column)
     if not isinstance(file, str) or not file or "\0" in file:
-        return Row(place, None, (), f"no file name under {config.image_column!r} (data.image_column)")
-    name = f"{place}, {file!r}"
-    given = values.get(config.caption_column)
+        return Row(place, None, (), f"no file name under {column!r} (data.image_column)")
+    captions, fault = _captions(values.get(config.caption_column), config)
+    return Row(f"{place}, {file!r}", file, tuple(captions), fault)
+
+
+def _captions(given: Any, config: DataConfig) -> tuple[list[str], str | None]:
+    """The captions in a cell that holds one or a list, and what is wrong with it."""
     captions = [given] if isinstance(given, str) else given
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        return Row(name, file, (), f"no caption under {config.caption_column!r} (data.caption_column)")
+        return [], f"no caption under {config.caption_column!r} (data.caption_column)"
     captions = [caption.strip() for caption in captions if caption.strip()]
-    return Row(name, file, tuple(captions), None if captions else "the caption is empty")
+    return captions, None if captions else "the caption is empty"
 
 
 def _read_sidecars(folder: Path) -> list[Row]:

@@ -30,18 +30,21 @@ TRAINED = (
     "a photo of {a}",
     "a picture of {a}",
     "an image of {a}",
+    "a photograph of {a}",
     "a small photo of {a}",
     "a black and white photo of {a}",
     "a photo showing {a}",
-    "the photo shows {a}",
+    "the picture shows {a}",
+    "draw {a}",
+    "show me {a}",
     "{a} on a black background",
     "{a}, product photo",
 )
-# Never trained on: whoever asks for a picture need not know how the captions were worded.
+# Never trained on: whoever asks for a picture need not know how the captions were worded. The last has a new word too.
 HELD_OUT = (
     "an image showing {a}",
-    "a picture showing {a}",
-    "a photograph of {a}",
+    "a photograph showing {a}",
+    "a small picture of {a}",
     "please draw {a}",
 )
 
@@ -127,7 +130,7 @@ def read_idx(path: str | Path) -> NDArray[np.uint8]:
 
 
 class Classifier(nn.Module):
-    """Says which of CLASSES a picture shows, whatever size it was drawn at. 83,000 parameters."""
+    """Says which of CLASSES a picture shows, whatever size it was drawn at. 89,000 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,9 +139,10 @@ class Classifier(nn.Module):
             *_convolution(24, 32, stride=2),
             *_convolution(32, 32, stride=1),
             *_convolution(32, 64, stride=2),
-            *_convolution(64, 72, stride=1),
+            *_convolution(64, 80, stride=1),
         )
-        self.head = nn.Linear(72, len(CLASSES))
+        self.pool = nn.AvgPool2d(3, stride=2)  # keeps roughly where things are: sleeves tell a pullover from a dress
+        self.head = nn.Linear(80 * 3 * 3, len(CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, 10] of `images`, uint8 [B, H, W] or [B, H, W, C] with C 1 or 3, on a dark background."""
@@ -150,8 +154,9 @@ class Classifier(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, 10] of grey images [B, 1, 28, 28], values 0 (black) to 1."""
-        x = self.layers((x - 0.2860) / 0.3530)  # B 72 7 7
-        return self.head(x.mean(dim=(2, 3)))
+        x = self.layers((x - 0.2860) / 0.3530)  # B 80 7 7
+        logits: Tensor = self.head(self.pool(x).flatten(1))  # B 10
+        return logits
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> "Classifier":
