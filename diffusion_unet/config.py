@@ -210,12 +210,13 @@ class UNetConfig:
     # --- checks ------------------------------------------------------------------------------------------------
 
     def _problems(self) -> list[str]:
-        problems, count = [], len(self.block_out_channels or ())
+        widths, problems = self.block_out_channels, []
+        count = len(widths) if isinstance(widths, tuple) else 0
         for spec in fields(self):
             value = getattr(self, spec.name)
             if not spec.metadata["holds"](value):
                 problems.append(f"{spec.name} is {_listed(value)!r}, and must be {spec.metadata['wanted']}")
-            elif spec.metadata["per_level"] and isinstance(value, tuple) and len(value) != count:
+            elif count and spec.metadata["per_level"] and isinstance(value, tuple) and len(value) != count:
                 problems.append(f"{spec.name} has {len(value)} entries for {count} levels (block_out_channels)")
         return problems or self._dependent_problems()
 

@@ -181,7 +181,7 @@ class UNet(nn.Module):
         """
         times, given = tuple(float(t) for t in timesteps), {k: v for k, v in conditions.items() if v is not None}
         batch = next((len(value) for value in given.values()), 1)
-        rows = torch.tensor(times, device=self.device, dtype=torch.float64).repeat_interleave(batch)
+        rows = torch.tensor(times, device=self.device, dtype=torch.float32).repeat_interleave(batch)
         repeated = {key: torch.cat([value] * len(times)) for key, value in given.items()}
         emb = self._embed(rows, len(rows), **repeated)  # [T * B, E]
         projections = [resnet.time_emb_proj(emb).unflatten(0, (len(times), batch)) for resnet in self._resnets()]
@@ -191,7 +191,7 @@ class UNet(nn.Module):
 
     def _embed(self, timestep: float | Tensor, batch: int, **conditions: Tensor | None) -> Tensor:
         """SiLU of the embedding of all that the residual blocks are conditioned on, [B, E]."""
-        t = torch.as_tensor(timestep, device=self.device).reshape(-1).expand(batch)
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1).expand(batch)
         emb = self.time_embedding(self.time_proj(t).to(self.dtype), conditions.get("guidance"))
         if self.class_embedding is not None:
             labels = conditions.get("class_labels")

@@ -76,6 +76,8 @@ def test_one_error_lists_every_unsupported_field() -> None:
         ({"in_channels": "4"}, "in_channels is '4'"),
         ({"norm_eps": float("nan")}, "norm_eps is nan"),
         ({"block_out_channels": []}, r"block_out_channels is \[\]"),
+        ({"block_out_channels": 32}, "block_out_channels is 32, and must be a list"),
+        ({"block_out_channels": "320"}, "block_out_channels is '320'"),
         ({"block_out_channels": [320, 640]}, "down_block_types has 4 entries for 2 levels"),
         ({"attention_head_dim": [8, 8]}, "num_attention_heads has 2 entries for 4 levels"),
         ({"norm_num_groups": 7}, "norm_num_groups 7 does not divide the width 320"),
