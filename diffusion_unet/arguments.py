@@ -16,6 +16,7 @@ from .errors import InputError
 
 MAX_SEED = 2**64 - 1
 MAX_SEEDS = 100_000
+MAX_STEPS, MAX_SIDE = 10_000, 16_384  # those of `sampling`
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,10 +56,15 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ ": did you mean NAME?" with the most similar of `names`; nothing when none is similar."""
-    matches = get_close_matches(name, names, n=1, cutoff=0.6)
-    return f": did you mean {matches[0]}?" if matches else ""
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`; None when none is similar."""
+    return next(iter(get_close_matches(name, names, n=1)), None)
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """ ": did you mean NAME?" with the nearest of `names`; nothing when there is none."""
+    near = nearest(name, names)
+    return f": did you mean {near}?" if near else ""
 
 
 def seeds(text: str) -> list[int]:
@@ -76,10 +82,10 @@ def seeds(text: str) -> list[int]:
 
 
 def size(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT in pixels, as (height, width)."""
+    """WIDTHxHEIGHT in pixels, each 1 to 16,384, as (height, width)."""
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
-    if not match or not int(match[1]) or not int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no WIDTHxHEIGHT in pixels such as 512x768")
+    if not match or not all(1 <= int(side) <= MAX_SIDE for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no WIDTHxHEIGHT in pixels such as 512x768 (at most {MAX_SIDE})")
     return int(match[2]), int(match[1])
 
 
@@ -88,6 +94,14 @@ def whole(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
+
+
+def steps(text: str) -> int:
+    """A whole number, 1 to 10,000."""
+    number = whole(text)
+    if number > MAX_STEPS:
+        raise argparse.ArgumentTypeError(f"{text!r} is too many: at most {MAX_STEPS}")
+    return number
 
 
 def finite(text: str) -> float:

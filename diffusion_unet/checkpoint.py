@@ -94,6 +94,20 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str | P
     module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
 
 
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, name: str) -> dict[str, Tensor]:
+    """The tensors on the CPU, floating-point ones in `dtype` (None: as they are).
+
+    Raises:
+        InputError: a value that is finite does not fit in `dtype`; `name` begins the message.
+    """
+    done = {}
+    for key, value in tensors.items():
+        done[key] = value.detach().to("cpu", dtype if value.is_floating_point() else None)
+        if done[key].isinf().any() and not value.isinf().any():
+            raise InputError(f"{name}: {key} does not fit in {dtype}: save in bfloat16 or float32")
+    return done
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file whole or not at all.
 

@@ -8,14 +8,16 @@ import argparse
 import errno
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_unet import __version__, sibling
-from diffusion_unet.arguments import Parser, command, finite, nearest, seeds, size, split_overrides, whole
+from diffusion_unet.arguments import Parser, command, finite, seeds, size, split_overrides, steps, suggest, whole
 from diffusion_unet.errors import Failure, InputError, SaveError
 
 if TYPE_CHECKING:
@@ -32,17 +34,38 @@ SOLVERS = ("dpm++2m", "ddim")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; `argv` is without the program's name, None takes the process's own. Returns the exit code."""
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-        arguments.run(arguments)
+        try:
+            arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+            arguments.run(arguments)
+        except SystemExit:  # after --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except Failure as failure:
         return _tell(str(failure), failure.exit_code)
-    except KeyboardInterrupt:
-        return _tell("interrupted", INTERRUPTED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except KeyboardInterrupt as stop:
+        return _tell(str(stop) or "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        if not _nobody_reads():
             raise
-        return _tell(f"{error.filename or 'a file'}: no space left: make room, and run this again", SaveError.exit_code)
+    except OSError as error:
+        where = error.filename or "a file"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _tell(f"{where}: no space left: make room, and run this again", SaveError.exit_code)
+        if error.errno == errno.ENAMETOOLONG:
+            return _tell(f"{where}: too long for a path", InputError.exit_code)
+        raise
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout was closed at its other end (`... | head`). What is left to print then goes nowhere."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _quote(path: Path) -> str:
@@ -50,8 +73,13 @@ def _quote(path: Path) -> str:
 
 
 def _tell(message: str, exit_code: int) -> int:
-    print("error: " + " ".join(message.split("\n")), file=sys.stderr, flush=True)
+    print("error: " + _plain(" ".join(message.split("\n"))), file=sys.stderr, flush=True)
     return exit_code
+
+
+def _plain(line: str) -> str:
+    """What stands in a name or a file that came from elsewhere does not get to steer the terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 # --- verbs
@@ -63,6 +91,8 @@ def _quickstart(arguments: argparse.Namespace) -> None:
     sibling("training")
     from training.config import load_config, to_dict
 
+    if any(override.startswith("--train.output_dir=") for override in arguments.overrides):
+        raise InputError("--train.output_dir: the quickstart puts more there than the run: give --output-dir instead")
     folder = Path(arguments.output_dir)
     config = load_config(CONFIGS / "quickstart.yaml", [f"--train.output_dir={folder}", *arguments.overrides])
     quickstart(
@@ -80,7 +110,7 @@ def _train(arguments: argparse.Namespace) -> None:
     sibling("training")
     from training.config import load_config
 
-    run = _train_with_previews(load_config(arguments.config, arguments.overrides))
+    run = _train_with_previews(load_config(_find_config(arguments.config), arguments.overrides))
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         print(f"Run: {run}. Next: {command()} export {_quote(run)} {_quote(run / 'model')}")
 
@@ -97,15 +127,34 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     settings = _drawing_settings(arguments)
     model = _load(arguments.model, arguments.device)
-    images = _draw(model, arguments.prompts, arguments.seeds, **settings)
     common = {**settings, "model": arguments.model, "model_hash": model.fingerprint(), "version": __version__}
     del common["batch_size"]  # the pictures do not depend on it
     folder, prompts = Path(arguments.out), arguments.prompts or [""]
-    cells = [(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in arguments.seeds]
-    for image, (number, prompt, seed) in zip(images, cells, strict=True):
+    first = _first_free(folder)
+    cells = [(number, prompt, seed) for number, prompt in enumerate(prompts, first) for seed in arguments.seeds]
+    kept = 0
+
+    def keep(image: "Image") -> None:
+        nonlocal kept
+        number, prompt, seed = cells[kept]
         save_png(folder / f"{number:05d}-{seed}.png", image, {"prompt": prompt, "seed": seed, **common})
-    save_png(folder / "grid.png", grid(images, prompts, len(arguments.seeds)))
-    print(f"Pictures: {len(images)} in {folder}, all together in {folder / 'grid.png'}")
+        kept += 1
+
+    try:
+        images = _draw(model, arguments.prompts, arguments.seeds, finished=keep, **settings)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted: {kept} of {len(cells)} pictures are kept in {folder}") from None
+    sheet = folder / "grid.png"
+    if sheet.exists():  # of an earlier call
+        sheet = folder / f"grid-{first:05d}.png"
+    save_png(sheet, grid(images, prompts, len(arguments.seeds)))
+    print(f"Pictures: {len(images)} in {folder}, all together in {sheet}")
+
+
+def _first_free(folder: Path) -> int:
+    """The number after those of all prompts that have a picture in the folder."""
+    found = [re.fullmatch(r"([0-9]{5,9})-[0-9]+\.png", file.name) for file in folder.glob("*.png")]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -118,9 +167,7 @@ def _info(arguments: argparse.Namespace) -> None:
     from diffusion_unet.info import describe
 
     for key, value in describe(Path(arguments.path)).items():
-        line = f"{key}: {value}"
-        # What stands in a file that came from elsewhere does not get to steer the terminal.
-        print("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line))
+        print(_plain(f"{key}: {value}"))
 
 
 # --- what the verbs take from both siblings
@@ -133,6 +180,12 @@ def _load(folder: str | Path, device: str | None = None) -> "DiffusionModel":
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        there = not torch.empty(1, device=device).is_meta
+    except (RuntimeError, AssertionError, ImportError):  # which it is depends on how torch was built
+        there = False
+    if not there:
+        raise InputError(f"--device: {device} is not to be had here: leave it out, or give cpu")
     return DiffusionModel.load(folder, device=device)
 
 
@@ -169,12 +222,18 @@ def _export_run(run: Path, out: Path, **settings: Any) -> Path:
     return export(run, out, **settings)
 
 
+def _find_config(name: str) -> Path:
+    """The file of this name; where there is none, the config of this name that comes along."""
+    shipped = CONFIGS / f"{name}.yaml"
+    return shipped if not Path(name).is_file() and Path(name).name == name and shipped.is_file() else Path(name)
+
+
 def _score(model: "DiffusionModel", images_per_class: int, **settings: Any) -> dict[str, Any]:
     sibling("training")
     from training.evaluate import score_fashion
 
-    scores = score_fashion(lambda prompts, seeds: _draw(model, prompts, seeds, **settings), images_per_class)
-    return {**scores, **settings}
+    scores = score_fashion(partial(_draw, model, paired=True, **settings), images_per_class)
+    return {**scores, **{name: value for name, value in settings.items() if name != "batch_size"}}
 
 
 # --- parser
@@ -198,20 +257,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         print(f"diffusion-unet {__version__}")
         raise SystemExit(0)
     if name not in VERBS:
-        raise InputError(f"unknown verb {name}{nearest(name, VERBS)}; the verbs are {', '.join(VERBS)}")
+        raise InputError(f"unknown verb {name}{suggest(name, VERBS)}; the verbs are {', '.join(VERBS)}")
     verb = VERBS[name]
     parser = Parser(f"diffusion-unet {name}", verb.summary, verb.examples)
     verb.define(parser)
     rest, overrides = split_overrides(argv[1:]) if verb.overrides else (argv[1:], [])
-    arguments, unknown = parser.parse_known_args(rest)
+    arguments, unknown = parser.parse_known_intermixed_args(rest)
     if unknown:
-        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].partition('=')[0], parser.known)}")
+        parser.error(f"unknown argument {unknown[0]}{suggest(unknown[0].partition('=')[0], parser.known)}")
     arguments.run, arguments.overrides = verb.run, overrides
     return arguments
 
 
 def _define_drawing(parser: Parser) -> None:
-    parser.add_argument("--steps", type=whole, default=20, help="sampling steps (%(default)s)")
+    parser.add_argument("--steps", type=steps, default=20, help="sampling steps (%(default)s)")
     parser.add_argument(
         "--guidance-scale", type=finite, default=4.0, help="classifier-free guidance; 1 is none (%(default)s)"
     )
@@ -236,7 +295,10 @@ def _define_train(parser: Parser) -> None:
     from training.config import help_text
 
     parser.usage = "diffusion-unet train CONFIG [--section.key=value ...]"
-    parser.add_argument("config", metavar="CONFIG", help="YAML file with the sections below")
+    shipped = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+    parser.add_argument(
+        "config", metavar="CONFIG", help=f"YAML file with the sections below, or the name of one here: {shipped}"
+    )
     parser.epilog = f"{parser.epilog}\n\nsettings, their defaults, and what they mean:\n\n{help_text()}"
 
 
@@ -260,6 +322,7 @@ def _define_evaluate(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder, trained on the embedded photographs")
     parser.add_argument("--images-per-class", type=whole, default=12, help="pictures of each noun (%(default)s)")
     _define_drawing(parser)
+    parser.set_defaults(batch_size=60)  # small pictures
 
 
 def _define_info(parser: Parser) -> None:

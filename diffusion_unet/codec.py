@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import read_json, write_json, write_safetensors
+from .checkpoint import cast, read_json, write_json, write_safetensors
 from .errors import InputError, NonFiniteError
 
 
@@ -103,10 +103,12 @@ class LatentCodec:
         return self
 
     def save(self, folder: Path | str, *, variant: str | None = None, dtype: torch.dtype | None = None) -> None:
-        """Writes `config.json` and `diffusion_pytorch_model[.variant].safetensors` in `folder`."""
+        """Writes `config.json` and `diffusion_pytorch_model[.variant].safetensors` in `folder`.
+
+        Raises InputError for a weight that does not fit in `dtype`; SaveError."""
         folder = Path(folder)
         name = f"diffusion_pytorch_model.{variant}.safetensors" if variant else "diffusion_pytorch_model.safetensors"
-        tensors = {key: value.to("cpu", dtype) for key, value in self.vae.state_dict().items()}
+        tensors = cast(self.vae.state_dict(), dtype, "the autoencoder")
         private = {"_name_or_path", "_use_default_values"}
         config = {key: value for key, value in self.vae.config.items() if key not in private}
         write_safetensors(folder / name, tensors, {"format": "pt"})

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_state, read_json, read_weights, write_bytes, write_json, write_safetensors
+from .checkpoint import cast, load_state, read_json, read_weights, write_bytes, write_json, write_safetensors
 from .errors import InputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -158,12 +158,12 @@ class TextEncoder(nn.Module):
 
         The keys are those of the published checkpoints, and the vocabulary is written as `vocab.json` and `merges.txt`
         besides `tokenizer.json`, so that transformers of every age, and other programs, read them.
+
+        Raises InputError for a weight that does not fit in `dtype`; SaveError.
         """
         folder = Path(folder)
-        tensors = {
-            PREFIX + key.removeprefix(PREFIX): value.detach().to("cpu", dtype).contiguous()
-            for key, value in self.model.state_dict().items()
-        }
+        weights = cast(self.model.state_dict(), dtype, "the text encoder")
+        tensors = {PREFIX + key.removeprefix(PREFIX): value for key, value in weights.items()}
         config: Any = self.model.config
         settings = {name: getattr(config, name) for name in _CONFIG_FIELDS}
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")

@@ -65,18 +65,17 @@ def open_image(
         raise InputError(f"{name} cannot be used: {reason[:200]}") from error
 
 
-def to_array(image: Image.Image, size: int | tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """The picture resized to cover `size` (Lanczos, antialiased), and what sticks out on one side cropped away.
+def to_array(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """The picture resized to cover `size` (Lanczos, antialiased), and what sticks out cropped away on both sides.
 
-    size: side of a square, or (H, W). crop: (top, left) of the crop as fractions in [0, 1] of what is too much; (0.5,
-    0.5) is the middle. Returns uint8 [H, W, C]; C = 1 for mode "L", 3 for "RGB". Raises InputError.
+    size: side of a square, or (H, W). Returns uint8 [H, W, C]; C = 1 for mode "L", 3 for "RGB". Raises InputError.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1 or not all(0 <= place <= 1 for place in crop):
-        raise InputError(f"a picture of {width}x{height} cropped at {crop} cannot be: sizes from 1, places in [0, 1]")
+    if min(height, width) < 1:
+        raise InputError(f"a picture of {width}x{height} cannot be: sizes are 1 or more")
     scale = max(height / image.height, width / image.width)
     full = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-    top, left = round(crop[0] * (full[0] - height)), round(crop[1] * (full[1] - width))
+    top, left = round((full[0] - height) / 2), round((full[1] - width) / 2)
     # The part that is kept, in the picture's own pixels: a strip of 1x30000 is never enlarged as a whole.
     y, x = image.height / full[0], image.width / full[1]
     box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))

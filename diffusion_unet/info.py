@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .errors import InputError
 
+MAX_DEPTH = 256  # layers of one level
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 MAX_TEXT_BYTES = 1 << 20
 
@@ -15,8 +16,15 @@ def describe(path: Path) -> dict[str, Any]:
     """Facts about a model folder or a part of one, a training run or checkpoint, weights, a config, a picture.
 
     The first entry is always `kind`. Raises InputError for what is missing, damaged or none of these."""
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder")
+    try:
+        if not path.exists():
+            raise InputError(f"{path}: there is no such file or folder")
+        return _describe(path)
+    except OSError as error:
+        raise InputError(f"{str(path)[:200]}: cannot be read ({error.strerror or error})") from None
+
+
+def _describe(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return _folder(path)
     suffix = path.suffix.lower()
@@ -142,7 +150,8 @@ def _config(path: Path) -> dict[str, Any]:
         facts = {"kind": "training config", "sections": ", ".join(map(str, tree))}
         return {**facts, **(_count(unet) if isinstance(unet, dict) else {"pretrained": model.get("pretrained")})}
     if "block_out_channels" in tree:
-        return {"kind": "U-Net config", **_count(tree)}
+        # Files in circulation carry the keys of an EMA, too.
+        return {"kind": "U-Net config", **_count(tree, ignore_unknown=path.suffix.lower() == ".json")}
     raise InputError(f"{path}: neither a U-Net config (block_out_channels) nor a training config (model)")
 
 
@@ -151,47 +160,68 @@ def _read_tree(path: Path) -> Mapping[str, Any]:
         from .checkpoint import read_json
 
         return read_json(path)
-    import yaml
+    from .plain_yaml import parse
 
     if path.stat().st_size > MAX_TEXT_BYTES:
         raise InputError(f"{path}: over {MAX_TEXT_BYTES} bytes, too large for a configuration")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not valid YAML: {str(error).partition(chr(10))[0]}") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot be read as a UTF-8 text file") from None
+    tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: holds a {type(tree).__name__}, where sections were expected")
     return tree
 
 
-def _count(values: Mapping[str, Any]) -> dict[str, Any]:
+def _count(values: Mapping[str, Any], *, ignore_unknown: bool = False) -> dict[str, Any]:
     """Builds the U-Net without memory for its weights. Raises InputError where the config is not supported."""
     import torch
 
-    from .config import UNetConfig
+    from .config import UNUSED, UNetConfig
     from .unet import UNet
 
-    config = UNetConfig.from_diffusers(values)
-    with torch.device("meta"):
-        unet = UNet(config)
+    for key, value in values.items():
+        if "layers_per_block" in str(key) and _largest(value) > MAX_DEPTH:
+            raise InputError(f"{key}: over {MAX_DEPTH} layers cannot be worked with")
+    config = UNetConfig.from_diffusers(values, ignore_unknown=ignore_unknown)
+    try:
+        with torch.device("meta"):
+            unet = UNet(config)
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # sizes beyond what a tensor can have
+        line = " ".join(str(error).split())[:120]
+        raise InputError(f"a U-Net of these sizes cannot be: {line}") from None
     shown = ("sample_size", "in_channels", "out_channels", "block_out_channels", "cross_attention_dim")
     facts = config.to_diffusers()
     parameters = sum(parameter.numel() for parameter in unet.parameters())
-    return {"parameters": f"{parameters:,}", **{key: facts.get(key) for key in shown}}
+    known = {*facts, *UNUSED, "num_attention_heads"}
+    ignored = ", ".join(key for key in values if key not in known and not key.startswith("_"))
+    described = {"parameters": f"{parameters:,}", **{key: facts.get(key) for key in shown}}
+    return described | ({"ignored keys": ignored} if ignored else {})
+
+
+def _largest(value: Any) -> float:
+    """The largest number in nested lists."""
+    if isinstance(value, list | tuple):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int | float) else 0
 
 
 def _picture(path: Path) -> dict[str, Any]:
     import json
+    import warnings
 
     from PIL import Image, UnidentifiedImageError
 
     from .images import RECORD
 
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("PNG",)) as image:
             facts = {"kind": "picture", "size": f"{image.width}x{image.height}", "mode": image.mode}
             texts = image.info
         record = json.loads(texts[RECORD]) if isinstance(texts.get(RECORD), str) else None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: has too many pixels for a picture") from None
     except (UnidentifiedImageError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged, or no PNG file: {error}") from None
     if isinstance(record, dict):

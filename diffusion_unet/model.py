@@ -8,6 +8,7 @@ also holds `pixel_mean` and `pixel_std`.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from .unet import UNet
 
 INDEX = "model_index.json"
 PIXELS, LATENTS = "PixelTextToImagePipeline", "StableDiffusionPipeline"
+PARTS = frozenset((INDEX, "unet", "scheduler", "text_encoder", "tokenizer", "vae", "README.md", "grid.png"))
 
 # What each part may be. Names in a file are compared with these, never imported.
 Known = tuple[list[Any], ...]
@@ -109,11 +111,11 @@ class DiffusionModel:
         variant: "fp16" writes `diffusion_pytorch_model.fp16.safetensors` ...; dtype: of the weights written, None as
         they are.
 
-        Returns the folder. Raises InputError when `folder` is something else than a model folder, or a weight does not
-        fit `dtype`; SaveError when it cannot be written.
+        Returns the folder. Raises InputError when `folder` is something else than a model folder or holds anything
+        else besides, or a weight does not fit `dtype`; SaveError when it cannot be written.
         """
         folder = Path(folder)
-        with _replaced(folder) as partial:
+        with _replaced(folder, PARTS.union(files or ())) as partial:
             _cast(self.unet, dtype).save_pretrained(partial / "unet", variant=variant)
             write_json(partial / "scheduler" / "scheduler_config.json", self.schedule.to_config())
             if self.text is not None:
@@ -227,23 +229,32 @@ def _cast(unet: UNet, dtype: torch.dtype | None) -> UNet:
 
 
 @contextlib.contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place when the block ends well and is removed when it does not."""
+def _replaced(folder: Path, known: frozenset[str]) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place when the block ends well and is removed when it does not.
+
+    Raises InputError where `folder` holds something that is not `known`: it would be lost."""
     folder = folder.resolve()
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not empty and not (folder / INDEX).is_file():
         raise InputError(f"{folder} exists and is no model folder: name another, nothing is overwritten")
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    partial, old = folder.with_name(f".{folder.name}.{os.getpid()}.partial"), folder.with_name(f".{folder.name}.old")
     try:
         if old.is_dir() and not folder.exists():  # a process ended between the two renames below
             old.rename(folder)
-        for leftover in (partial, old):
-            if leftover.exists():
+        foreign = sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.exists() else []
+        if foreign:
+            raise InputError(
+                f"{folder / foreign[0]} is no part of a model and would be lost: move it, or name another folder"
+            )
+        if old.exists():
+            shutil.rmtree(old)
+        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+            if leftover == partial or not _is_running(leftover.name.split(".")[-2]):
                 shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         yield partial
         for part in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-            _sync(part)
+            sync_folder(part)
         if folder.exists():
             folder.rename(old)
         try:
@@ -252,7 +263,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
-        _sync(folder.parent)
+        sync_folder(folder.parent)
     except SaveError:
         raise
     except OSError as error:
@@ -262,8 +273,18 @@ def _replaced(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    """Makes the names in `folder` durable."""
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

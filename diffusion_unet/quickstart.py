@@ -1,5 +1,6 @@
 """The quickstart: one training config through the functions that everybody uses, to pictures and a score."""
 
+import resource
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .model import DiffusionModel
 
 SEEDS = range(8)  # pictures of each prompt in samples.png
+BATCH = 60  # pictures drawn at once
 IMAGES_PER_CLASS = 12  # pictures of each noun that are scored, once in the trained wordings, once in held-out ones
 
 
@@ -52,7 +54,11 @@ def quickstart(
     export(run, model_folder)
     model = load(model_folder)
     laps.end("export and load")
-    drawing = {"steps": validation["num_inference_steps"], "guidance_scale": validation["guidance_scale"]}
+    drawing = {
+        "steps": validation["num_inference_steps"],
+        "guidance_scale": validation["guidance_scale"],
+        "batch_size": BATCH,
+    }
     save_png(samples, grid(draw(model, prompts, SEEDS, **drawing), prompts, len(SEEDS)))
     laps.end("draw")
     scores = score(model, IMAGES_PER_CLASS, **drawing)
@@ -84,12 +90,8 @@ class _Laps:
         self._start = now
 
 
-def _peak_memory() -> float | None:
-    """The most memory this process has held so far, in GB; None where the system does not tell."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
+def _peak_memory() -> float:
+    """The most memory this process has held so far, in GB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, on macOS in bytes
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 

@@ -30,7 +30,6 @@ class Purpose(IntEnum):
     NOISE = 5
     SIGMA = 6
     PICTURE = 7
-    INIT = 8
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

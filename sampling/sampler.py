@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_unet.errors import InputError
+from diffusion_unet.images import to_image
 from diffusion_unet.random import Purpose, normal
 
 from .guidance import Guidance, GuidedDenoiser
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from diffusion_unet.conditioning import Conditioning
     from diffusion_unet.model import DiffusionModel
+
+MAX_SIDE = 16_384  # pixels
 
 Progress = Callable[[int, int], None]
 
@@ -54,7 +57,9 @@ def sample(
     spacing: str | None = None,
     size: tuple[int, int] | None = None,
     batch_size: int = 16,
+    paired: bool = False,
     progress: Progress | None = None,
+    finished: "Callable[[Image], None] | None" = None,
 ) -> "list[Image]":
     """Draw every prompt with every seed: PIL images, all of the first prompt first.
 
@@ -70,7 +75,9 @@ def sample(
         spacing: where the steps lie, see `solvers.sigmas`; None is the model's own.
         size: (height, width) in pixels; None is the size that the model was trained for.
         batch_size: pictures that go through the network at once.
+        paired: draw prompt i with seed i alone; there are as many of both.
         progress: called as progress(step, total) after every step of every batch.
+        finished: called with each picture, in order, once its batch is drawn.
 
     Raises InputError, one line, for any value that cannot be, and NonFiniteError for a picture with NaN or infinity.
     """
@@ -85,11 +92,15 @@ def sample(
         spacing=spacing,
         size=size,
         batch_size=batch_size,
+        paired=paired,
     )
-    from PIL import Image
-
-    pixels = draw(model, plan, progress)
-    return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pixels]
+    images: list[Image] = []
+    for pixels in batches(model, plan, progress):
+        for picture in pixels:
+            images.append(to_image(picture))
+            if finished is not None:
+                finished(images[-1])
+    return images
 
 
 def make_plan(
@@ -104,6 +115,7 @@ def make_plan(
     spacing: str | None,
     size: tuple[int, int] | None,
     batch_size: int,
+    paired: bool = False,
 ) -> Plan:
     """Arguments and errors as `sample`; nothing is drawn and the network is not run."""
     schedule = model.schedule
@@ -124,7 +136,7 @@ def make_plan(
         )
     levels = sigmas(schedule, steps, spacing)
     return Plan(
-        jobs=tuple((prompt, seed) for prompt in _prompts(model, prompts, negative_prompt) for seed in _seeds(seeds)),
+        jobs=_jobs(_prompts(model, prompts, negative_prompt), _seeds(seeds), paired),
         negative_prompt=negative_prompt,
         guidance=Guidance(guidance_scale),
         table=SOLVERS[solver](levels),
@@ -136,22 +148,25 @@ def make_plan(
     )
 
 
-@torch.inference_mode()
 def draw(model: "DiffusionModel", plan: Plan, progress: Progress | None = None) -> np.ndarray:
     """The pictures of a plan, uint8 [len(plan.jobs), height, width, channels]; the model is left as it was."""
-    batches = [plan.jobs[i : i + plan.batch_size] for i in range(0, len(plan.jobs), plan.batch_size)]
+    return np.concatenate(list(batches(model, plan, progress)))
+
+
+def batches(model: "DiffusionModel", plan: Plan, progress: Progress | None = None) -> Iterator[np.ndarray]:
+    """As `draw`, each batch as soon as it is drawn."""
+    parts = [plan.jobs[i : i + plan.batch_size] for i in range(0, len(plan.jobs), plan.batch_size)]
     rows = len(plan.table.sigma)
-    pictures = []
-    with _evaluating(model.unet, model.text):
-        for number, batch in enumerate(batches):
+    for number, part in enumerate(parts):
 
-            def step(row: int, before: int = number * rows) -> None:
-                if progress is not None:
-                    progress(before + row, len(batches) * rows)
+        def step(row: int, before: int = number * rows) -> None:
+            if progress is not None:
+                progress(before + row, len(parts) * rows)
 
-            x = _draw_batch(model, plan, batch, step)
-            pictures.append(torch.as_tensor(model.codec.decode(x)).cpu().numpy())
-    return np.concatenate(pictures)
+        # Entered anew for each batch: whoever takes the pictures is outside of both.
+        with torch.inference_mode(), _evaluating(model.unet, model.text):
+            pixels = model.codec.decode(_draw_batch(model, plan, part, step))
+        yield pixels.cpu().numpy()
 
 
 def _draw_batch(
@@ -209,6 +224,16 @@ def _seeds(seeds: Sequence[int]) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
+def _jobs(
+    prompts: Sequence[str] | Sequence[None], seeds: Sequence[int], paired: bool
+) -> tuple[tuple[str | None, int], ...]:
+    if not paired:
+        return tuple((prompt, seed) for prompt in prompts for seed in seeds)
+    if len(prompts) != len(seeds):
+        raise InputError(f"there are {len(prompts)} prompts and {len(seeds)} seeds: paired needs as many of both")
+    return tuple(zip(prompts, seeds, strict=True))
+
+
 def _prompts(
     model: "DiffusionModel", prompts: str | Sequence[str] | None, negative_prompt: str
 ) -> Sequence[str] | Sequence[None]:
@@ -232,6 +257,8 @@ def _latent_size(model: "DiffusionModel", size: tuple[int, int] | None) -> tuple
     size = model.image_size if size is None else size
     if len(size) != 2 or not all(_whole(side) for side in size):
         raise InputError(f"size {size!r} cannot be: two whole numbers, height and width in pixels")
+    if max(size) > MAX_SIDE:
+        raise InputError(f"a side of the size is over {MAX_SIDE} pixels, the most that can be drawn")
     nearest = tuple(max(1, round(side / factor)) * factor for side in size)
     if tuple(size) != nearest:
         raise InputError(

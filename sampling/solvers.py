@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusion_unet.errors import InputError
 from diffusion_unet.schedule import NoiseSchedule
 
+MAX_STEPS = 10_000
 SPACINGS = ("trailing", "leading", "linspace", "karras", "exponential")
 
 
@@ -100,6 +101,8 @@ def sigmas(schedule: NoiseSchedule, steps: int, spacing: str | None = None) -> T
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps is {steps!r}: a whole number of at least 1 is needed")
+    if steps > MAX_STEPS:
+        raise InputError(f"steps is over {MAX_STEPS}, the most that can be taken")
     spacing = schedule.spacing if spacing is None else spacing
     levels = _levels(schedule, steps, spacing)
     if not (levels.diff() < 0).all():
@@ -126,7 +129,8 @@ def _levels(schedule: NoiseSchedule, steps: int, spacing: str) -> Tensor:
     if spacing == "trailing":
         t = T - 1 - k * T / steps
     elif spacing == "leading":
-        t = (steps - 1 - k) * (T // steps) + int(schedule.config.get("steps_offset") or 0)
+        t = (steps - 1 - k) * (T // steps)
+        t = t + min(int(schedule.config.get("steps_offset") or 0), T - 1 - int(t[0]))  # the last timestep is T - 1
     else:
         t = (T - 1) * (1 - ramp)
     return schedule.sigma(t)

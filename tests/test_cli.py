@@ -4,16 +4,19 @@ import errno
 import json
 import resource
 import shlex
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from diffusion_unet import cli
+from diffusion_unet import arguments, cli
 from diffusion_unet.arguments import seeds, size, split_overrides
 from diffusion_unet.codec import PixelCodec
 from diffusion_unet.conditioning import new_text_encoder, train_tokenizer
@@ -86,11 +89,11 @@ def test_the_examples_in_help_are_taken(verb: str, monkeypatch: pytest.MonkeyPat
     commands = [line.removeprefix(prefix) for line in lines for prefix in prefixes if line.startswith(prefix)]
     assert commands
     for command in commands:
-        arguments = cli._parse(shlex.split(command))
-        assert arguments.run is cli.VERBS[verb].run
+        parsed = cli._parse(shlex.split(command))
+        assert parsed.run is cli.VERBS[verb].run
         if verb in ("train", "quickstart"):
-            config = getattr(arguments, "config", cli.CONFIGS / "quickstart.yaml")
-            assert load_config(config, ["--train.output_dir=x", *arguments.overrides]).train.output_dir
+            config = getattr(parsed, "config", cli.CONFIGS / "quickstart.yaml")
+            assert load_config(config, ["--train.output_dir=x", *parsed.overrides]).train.output_dir
 
 
 def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,10 +106,26 @@ def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
     assert all(f"--{setting.key}=" in printed for setting in settings() if setting.type)
 
 
-def test_the_solvers_are_those_of_sampling() -> None:
-    from sampling.solvers import SOLVERS
+def test_the_solvers_and_limits_are_those_of_sampling() -> None:
+    from sampling.sampler import MAX_SIDE
+    from sampling.solvers import MAX_STEPS, SOLVERS
 
     assert set(cli.SOLVERS) == set(SOLVERS)
+    assert (arguments.MAX_STEPS, arguments.MAX_SIDE) == (MAX_STEPS, MAX_SIDE)
+
+
+def test_a_config_that_comes_along_is_found_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli._find_config("emoji-32") == cli.CONFIGS / "emoji-32.yaml"
+    assert cli._find_config("../configs/quickstart") == Path("../configs/quickstart")
+    assert "got 0" in refused(capsys, "train", "quickstart", "--train.max_train_steps=0")
+    (tmp_path / "quickstart").write_text("one's own")
+    assert cli._find_config("quickstart") == Path("quickstart")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "emoji-32, quickstart" in " ".join(capsys.readouterr().out.split())
 
 
 # --- errors
@@ -120,12 +139,14 @@ def test_the_solvers_are_those_of_sampling() -> None:
         ("sample", "MODEL"),
         ("sample m a --step 3", "unknown argument --step: did you mean --steps?"),
         ("sample m a --steps 0", "'0' is no whole number from 1"),
+        ("sample m a --steps 10001", "at most 10000"),
         ("sample m a --steps many", "argument --steps"),
         ("sample m a --seeds 7-0", "0-7 or 0,3"),
         ("sample m a --seeds 1,1", "twice"),
         ("sample m a --seeds 18446744073709551616", "2**64 - 1"),
         ("sample m a --size 32", "512x768"),
         ("sample m a --size 0x32", "512x768"),
+        ("sample m a --size 32x16385", "at most 16384"),
         ("sample m a --guidance-scale nan", "no finite number"),
         ("sample m a --solver euler", "--solver"),
         ("sample no/model a", "no/model"),
@@ -139,6 +160,9 @@ def test_the_solvers_are_those_of_sampling() -> None:
         ("train configs/quickstart.yaml --train.max_train_steps=many", "train.max_train_steps"),
         ("train configs/quickstart.yaml --train.max_train_steps", "a value is missing"),
         ("train configs/quickstart.yaml --verbose", "unknown argument --verbose"),
+        ("train configs/quickstart", "no such config file"),
+        ("quickstart --train.output_dir=x", "--output-dir"),
+        ("quickstart --train.output_dir x", "--output-dir"),
         ("quickstart --output-dirr x", "did you mean --output-dir?"),
         ("quickstart --train.sed=1", "seed"),
     ],
@@ -165,6 +189,7 @@ def raising(error: BaseException) -> Callable[[object], None]:
         (SaveError("full"), 4),
         (Stopped("stopped"), 75),
         (OSError(errno.ENOSPC, "No space left on device", "file"), 4),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "file"), 2),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -178,7 +203,7 @@ def test_each_failure_has_its_exit_code_and_one_line(
 
 
 def test_an_error_that_is_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    for error in (ZeroDivisionError(), OSError(errno.EIO, "Input/output error")):
+    for error in (ZeroDivisionError(), OSError(errno.EIO, "Input/output error"), BrokenPipeError()):
         monkeypatch.setitem(cli.VERBS, "info", cli.VERBS["info"]._replace(run=raising(error)))
         with pytest.raises(type(error)):
             cli.main(["info", "x"])
@@ -189,6 +214,15 @@ def test_the_process_ends_with_the_exit_code() -> None:
         [sys.executable, "-m", "diffusion_unet", "info", "no/thing"], capture_output=True, text=True, cwd=ROOT
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("verb", ["info configs/sd15.json", "train --help"])
+def test_a_reader_that_leaves_ends_it_quietly(verb: str) -> None:
+    command = [sys.executable, "-m", "diffusion_unet", *verb.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 def test_every_failure_has_a_code_of_its_own() -> None:
@@ -209,6 +243,12 @@ def test_seeds_and_sizes() -> None:
 def test_overrides_with_and_without_equals_sign_anywhere() -> None:
     given = ["--a.b", "1", "config.yaml", "--c.d=[x, y]", "--e.f", "-1", "--plain"]
     assert split_overrides(given) == (["config.yaml", "--plain"], ["--a.b=1", "--c.d=[x, y]", "--e.f=-1"])
+
+
+def test_options_may_stand_between_the_words() -> None:
+    for words in (["--seeds", "0-3", "a bag", "a coat"], ["a bag", "--seeds", "0-3", "a coat"]):
+        parsed = cli._parse(["sample", "model", *words])
+        assert (parsed.model, parsed.prompts, parsed.seeds) == ("model", ["a bag", "a coat"], [0, 1, 2, 3])
 
 
 # --- sample and info
@@ -234,6 +274,45 @@ def test_sample_writes_pictures_with_their_record_and_a_grid(
     assert cli.main(["info", str(out / "00001-7.png")]) == 0
     printed = capsys.readouterr().out
     assert "kind: picture" in printed and "record.prompt: a coat" in printed and "record.seed: 7" in printed
+
+
+def test_a_second_call_overwrites_nothing(model_folder: Path, tmp_path: Path) -> None:
+    argv = ["sample", str(model_folder), "--seeds", "0,5", "a bag", "--steps", "1", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "00041-5.png").touch()  # the next is 42, whatever is missing before it
+    assert cli.main([*argv, "a coat"]) == 0
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.items() <= after.items()
+    new = {f"000{number}-{seed}.png" for number in (42, 43) for seed in (0, 5)}
+    assert after.keys() - before.keys() == {"00041-5.png", "grid-00042.png", *new}
+    assert after["00042-5.png"] == before["00000-5.png"]
+
+
+def test_an_interrupted_call_keeps_what_is_drawn(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sampling import sampler
+
+    draw, calls = sampler._draw_batch, []
+
+    def interrupted(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*given)
+
+    monkeypatch.setattr(sampler, "_draw_batch", interrupted)
+    argv = ["sample", str(model_folder), "a bag", "a coat", "--seeds", "0-2", "--batch-size", "2", "--steps", "1"]
+    assert cli.main([*argv, "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"error: interrupted: 4 of 6 pictures are kept in {tmp_path}\n"
+    assert {path.name for path in tmp_path.iterdir()} == {*(f"00000-{seed}.png" for seed in range(3)), "00001-0.png"}
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta", "", "cpu:x"])
+def test_a_device_that_is_not_there(device: str, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device" in refused(capsys, "sample", model_folder, "a bag", "--device", device)
+    assert "--device" in refused(capsys, "evaluate", model_folder, "--device", device)
 
 
 def test_a_picture_depends_on_its_own_seed_only(model_folder: Path, tmp_path: Path) -> None:
@@ -263,7 +342,7 @@ def test_no_space_left_is_exit_code_4_and_loses_nothing(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr("diffusion_unet.checkpoint.os.fsync", full)
     assert cli.main([*argv, "--guidance-scale", "2"]) == 4
-    assert "00000-0.png" in capsys.readouterr().err
+    assert "00001-0.png" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -308,9 +387,93 @@ def test_info_refuses_pickles_and_damage(
     assert str(tmp_path) in refused(capsys, "info", tmp_path)
 
 
+def test_info_reads_configs_as_train_does_and_names_what_it_ignores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml = "\n".join([f"{key}: {json.dumps(value)}" for key, value in TINY_UNET.items()] + ["norm_eps: 1e-5"])
+    (tmp_path / "unet.yaml").write_text(yaml)
+    assert cli.main(["info", str(tmp_path / "unet.yaml")]) == 0
+    plain = capsys.readouterr().out
+    extra = {"_class_name": "UNet2DConditionModel", "decay": 0.9999, "inv_gamma": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(TINY_UNET | extra))
+    assert cli.main(["info", str(tmp_path / "config.json")]) == 0
+    assert capsys.readouterr().out == plain + "ignored keys: decay, inv_gamma\n"
+    (tmp_path / "unet.yaml").write_text(yaml + "\ndecay: 1")  # one's own
+    assert "decay" in refused(capsys, "info", tmp_path / "unet.yaml")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("side", [10_000, 50_000])
+def test_info_decodes_no_bomb(side: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    if side == 50_000:
+        assert "too many pixels" in refused(capsys, "info", path)
+    else:  # PIL warns of these
+        assert cli.main(["info", str(path)]) == 0
+        assert "10000x10000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_out_channels": [4 * 10**12, 4 * 10**12]},
+        {"block_out_channels": [4 * 10**30, 4 * 10**30]},
+        {"layers_per_block": 10**9},
+        {"transformer_layers_per_block": [1, 10**9]},
+        {"conv_in_kernel": 10**15 + 1},
+        {"cross_attention_dim": 10**25},
+    ],
+)
+def test_info_refuses_sizes_that_cannot_be(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY_UNET | changes))
+    refused(capsys, "info", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a\0b.json", "configs/sd15.json/x"])
+def test_info_refuses_paths_that_cannot_be(
+    path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert "\0" not in refused(capsys, "info", path)
+
+
 def test_info_does_not_let_a_file_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from diffusion_unet.images import save_png
 
     save_png(tmp_path / "a.png", Image.new("L", (2, 2)), {"prompt": "\x1b]0;title\x07\n\u202ekind"})
     assert cli.main(["info", str(tmp_path / "a.png")]) == 0
     assert not {"\x1b", "\x07", "\u202e"} & set(capsys.readouterr().out)
+
+
+# --- evaluate
+
+
+def test_a_score_draws_each_picture_with_its_own_wording_and_seed_in_few_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from training import evaluate, fashion
+
+    calls: list[list[tuple[str, int]]] = []
+
+    def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        calls.append(list(zip(prompts, seeds, strict=True)))
+        return [Image.new("L", (28, 28))] * len(prompts)
+
+    seen: list[list[int]] = []
+    monkeypatch.setattr(evaluate, "prompt_accuracy", lambda images, labels, _: seen.append(list(labels)) or 0.5)
+    scores = evaluate.score_fashion(draw, 12)
+    assert scores["images_per_class"] == 12 and len(calls) == 2 and len(seen) == 3
+    for call, labels, captions in zip(calls, seen, (fashion.captions, fashion.held_out_captions), strict=False):
+        assert len(call) == len(labels) == 120
+        wordings = min(len(captions(label)) for label in range(10))
+        expected = {(captions(label)[i % wordings], i) for label in range(10) for i in range(12)}
+        assert set(call) == expected and all(
+            prompt in captions(label) for (prompt, _), label in zip(call, labels, strict=True)
+        )

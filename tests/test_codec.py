@@ -110,6 +110,11 @@ def test_latent_codecs_that_cannot_be(tmp_path: Path) -> None:
         LatentCodec(vae()).encode(pictures(1, 7, 8, 3))
     with pytest.raises(InputError, match="3 \\(RGB\\)"):
         LatentCodec(vae(in_channels=1))
+    large = LatentCodec(vae())
+    next(large.vae.parameters()).fill_(1e30)
+    with pytest.raises(InputError, match=r"the autoencoder: encoder\S* does not fit in torch.float16"):
+        large.save(tmp_path / "half", dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
     LatentCodec(vae()).save(tmp_path)
     weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
     whole, text = weights.read_bytes(), config.read_text()

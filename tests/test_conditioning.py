@@ -238,6 +238,11 @@ def test_half_precision_variant(encoder: TextEncoder, tmp_path: Path) -> None:
         assert torch.equal(wide.state_dict()[name], value.half().float())
     with pytest.raises(InputError, match=r"model\.safetensors"):
         TextEncoder.load(tmp_path)
+    with torch.no_grad():
+        next(wide.parameters())[0, 0] = 1e5
+    with pytest.raises(InputError, match=r"the text encoder: \S* does not fit in torch.float16"):
+        wide.save(tmp_path / "half", dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
 
 
 def test_loading_and_saving_print_nothing(

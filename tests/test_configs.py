@@ -41,7 +41,7 @@ def test_training_configs_are_complete_and_fit_together(name: str) -> None:
     config = load_config(CONFIGS / name)
     assert config.model.unet is not None and config.model.text_encoder is not None
     unet = build(config.model.unet)
-    assert unet.config.sample_size == config.data.resolution
+    assert unet.config.sample_size in (None, config.data.resolution)
     assert unet.config.cross_attention_dim == config.model.text_encoder.hidden_size
     assert 16 <= config.data.resolution <= 32
     assert config.data.license or config.data.train_data_dir in EMBEDDED, "the model card names the pictures' licence"
@@ -74,6 +74,11 @@ def test_emoji_come_with_their_unicode_names_over_white(package: Path) -> None:
     assert source.name(1) == str(package / "1f44b-1f3fd.png")
     dataset = inspect(source, load_config(CONFIGS / "emoji-32.yaml").data, 3)
     assert len(dataset) == 2 and dataset.image(0).shape == (32, 32, 3)
+
+
+def test_emoji_over_another_background(package: Path) -> None:
+    config = load_config(CONFIGS / "emoji-32.yaml", ["--data.background=#102030"]).data
+    assert open_source(config, 3).image(0).getpixel((5, 5)) == (16, 32, 48)
 
 
 def test_an_emoji_that_does_not_decode_is_one_bad_sample(package: Path) -> None:

@@ -92,6 +92,9 @@ BAD_ROWS = [
     ({"file_name": "../outside.png", "text": "out"}, "outside the folder"),
     ({"file_name": "/etc/passwd", "text": "out"}, "outside the folder"),
     ({"file_name": "link.png", "text": "out"}, "outside the folder"),
+    ({"file_name": "\ud800.png", "text": "lone surrogate"}, "no file can have this name"),
+    ({"file_name": "n" * 300 + ".png", "text": "long"}, "no file can have this name"),
+    ({"file_name": "circle.png", "text": "circle"}, "circle"),
     ({"text": "nothing"}, "no file name under 'file_name'"),
     ([1], "no JSON object"),
     ("{cut", "no JSON"),
@@ -102,6 +105,7 @@ def test_bad_rows_are_listed_with_file_and_row(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", 8)
     Image.new("RGB", (9, 9)).save(tmp_path / "outside.png")
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "circle.png").symlink_to("circle.png")
     (folder / "torn.png").write_bytes((folder / "0.png").read_bytes()[:60])
     with open(folder / "metadata.jsonl", "a") as file:
         for row, _ in BAD_ROWS:
@@ -112,8 +116,8 @@ def test_bad_rows_are_listed_with_file_and_row(tmp_path: Path) -> None:
         assert f"metadata.jsonl, row {9 + 2 * number}" in bad.name
         assert reason in bad.reason, bad
     refusal = too_many_bad(dataset, settings(folder))
-    assert refusal and "12 of 20" in refusal and "data.max_bad_fraction (0.01)" in refusal and "\n" not in refusal
-    assert too_many_bad(dataset, settings(folder, max_bad_fraction=0.6)) is None
+    assert refusal and "15 of 23" in refusal and "data.max_bad_fraction (0.01)" in refusal and "\n" not in refusal
+    assert too_many_bad(dataset, settings(folder, max_bad_fraction=0.7)) is None
 
 
 def test_long_lists_are_cut_for_the_eye(tmp_path: Path) -> None:
@@ -181,6 +185,13 @@ def test_the_embedded_photographs() -> None:
     dataset = look("fashion-mnist", channels=1, resolution=16, max_train_samples=50)
     assert len(dataset) == 50 and dataset.image(0).shape == (16, 16, 1)
     assert any("ankle boot" in caption for caption in dataset.captions[0])
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "twemoji"])
+@pytest.mark.parametrize("key", ["image_column", "caption_column"])
+def test_embedded_sources_have_no_columns(name: str, key: str) -> None:
+    with pytest.raises(InputError, match=rf"data\.{key}: {name} has no columns"):
+        open_source(settings(name, **{key: "other"}), 3)
 
 
 def test_a_split_leaves_something_to_train_on(tmp_path: Path) -> None:

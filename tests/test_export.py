@@ -1,6 +1,7 @@
 """A run made into a model folder that the stock classes load."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,13 +102,33 @@ def test_the_card_tells_how_it_came_about(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(run: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     shutil.copytree(copy / "checkpoint-4", copy / "checkpoint-9")
     (copy / "checkpoint-9/model.safetensors").write_bytes(b"torn")
     assert export(copy, tmp_path / "model").is_dir()
+
+
+def test_the_card_is_of_the_checkpoint_and_not_of_later_steps(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 1e6}\n{"step": 6, "lo')
+    (copy / "previews/step_000005.png").write_bytes(b"later")
+    (copy / "previews/step_x.png").write_bytes(b"other")
+    for name in ("README.md", "grid.png"):
+        assert (export(copy, tmp_path / "m") / name).read_bytes() == (export(run, tmp_path / "m") / name).read_bytes()
+
+
+def test_a_folder_of_pictures_becomes_a_model_that_draws(run: Path, tmp_path: Path) -> None:
+    from diffusion_unet.cli import main
+
+    export(run, tmp_path / "model")
+    words = ["sample", tmp_path / "model", "a red square", "--steps", "2", "--seeds", "0-1", "--out", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 0
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert len(pictures) >= 2
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (8, 8) and picture.mode == "RGB"
 
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from diffusion_unet.errors import InputError, NonFiniteError, SaveError, Stopped
 from diffusion_unet.model import DiffusionModel
 from training import loop, train
 from training.config import load_config
-from training.engine import StopSignal, learning_rate, locked
+from training.engine import StopSignal, locked, make_accelerator, rate_course
 from training.exporting import export
 from training.loop import Trainer
 
@@ -309,15 +310,63 @@ def test_no_text_at_all(tmp_path: Path, images: Path) -> None:
 def test_rates_are_those_of_diffusers(tmp_path: Path, images: Path) -> None:
     from diffusers.optimization import get_scheduler
 
-    for name in ("constant_with_warmup", "linear", "cosine"):
+    for name in ("constant_with_warmup", "linear", "cosine", "polynomial"):
         config = tiny_config(tmp_path, images, f"--optimizer.lr_scheduler={name}", max_train_steps=10)
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=10)
-        rate = learning_rate(config)
+        course = rate_course(config)
         for step in range(10):
-            assert rate(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+            assert 1e-3 * course(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
             optimizer.step()
             scheduler.step()
+
+
+def test_the_text_encoder_has_its_own_rate(tmp_path: Path, images: Path) -> None:
+    config = tiny_config(tmp_path, images, "--optimizer.text_encoder_lr=2e-4")
+    trainer = Trainer(config, make_accelerator(config), say=lambda message: None)
+    unet, text = trainer.optimizer.param_groups
+    names = {id(parameter): name for name, parameter in trainer.parameters.items()}
+    assert all(names[id(parameter)].startswith("unet.") for parameter in unet["params"])
+    assert all(names[id(parameter)].startswith("text.") for parameter in text["params"])
+    assert len(unet["params"]) + len(text["params"]) == len(trainer.parameters)
+    for step in range(3):
+        assert trainer.step(trainer.batches.assemble(step))["lr"] == unet["lr"]
+        assert unet["lr"] == pytest.approx(1e-3 * trainer.course(step))
+        assert text["lr"] == pytest.approx(2e-4 * trainer.course(step))
+    assert trainer.course(2) == 1
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path: Path, images: Path) -> None:
+    gradients: list[torch.Tensor] = []
+    for limit in ("null", "0.01"):
+        config = tiny_config(tmp_path / limit, images, f"--optimizer.max_grad_norm={limit}")
+        trainer = Trainer(config, make_accelerator(config), say=lambda message: None)
+        trainer.prepared.zero_grad = lambda: None
+        norm = trainer.step(trainer.batches.assemble(0))["grad_norm"]
+        grads = [parameter.grad.flatten() for parameter in trainer.parameters.values() if parameter.grad is not None]
+        gradients.append(torch.cat(grads))
+    assert norm == pytest.approx(float(gradients[0].norm()), rel=1e-4) and norm > 0.01
+    assert float(gradients[1].norm()) == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(gradients[1], gradients[0] * (0.01 / norm), rtol=1e-3, atol=1e-7)
+
+
+def test_dropped_captions_are_the_empty_one(tmp_path: Path, images: Path) -> None:
+    config = tiny_config(tmp_path, images, "--data.caption_dropout=0.5", train_batch_size=48)
+    trainer = Trainer(config, make_accelerator(config), say=lambda message: None)
+    batch = trainer.batches.assemble(0)
+    assert trainer.model.text and batch.ids is not None
+    empty = trainer.model.text.tokenize([""])[0][0]
+    drop = trainer.batches.plan.draw(batch.indices).drop
+    assert 12 < int(drop.sum()) < 36
+    assert torch.equal((batch.ids == empty).all(dim=1), drop)
+
+
+def test_the_bar_shows_loss_speed_and_time_left(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config(tmp_path, images, max_train_steps=30), progress=True)
+    shown = capsys.readouterr().err
+    assert re.search(r"\d+/120 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ images/s, loss \d\.\d{4}\]", shown), shown
 
 
 def test_a_second_signal_does_what_it_always_did() -> None:

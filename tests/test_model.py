@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -237,11 +238,32 @@ def test_a_failure_leaves_the_old_model(
 
 
 def test_what_a_killed_process_left_is_cleared_away(pixels: DiffusionModel, copy: Path) -> None:
-    (copy.parent / ".copy.partial" / "unet").mkdir(parents=True)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (copy.parent / f".copy.{ended.pid}.partial" / "unet").mkdir(parents=True)
     copy.rename(copy.parent / ".copy.old")  # killed between the two renames
     pixels.save(copy)
     assert DiffusionModel.load(copy).fingerprint() == pixels.fingerprint()
     assert os.listdir(copy.parent) == ["copy"]
+
+
+def test_what_another_process_is_writing_is_left_alone(pixels: DiffusionModel, copy: Path) -> None:
+    other = copy.parent / f".copy.{os.getppid()}.partial"
+    other.mkdir()
+    pixels.save(copy)
+    assert other.is_dir() and DiffusionModel.load(copy).fingerprint() == pixels.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git"])
+def test_nothing_foreign_is_lost_with_the_old_model(name: str, pixels: DiffusionModel, copy: Path) -> None:
+    (copy / name).write_bytes(b"dear")
+    before = contents(copy)
+    with pytest.raises(InputError, match=f"{name} is no part of a model and would be lost: move it"):
+        pixels.save(copy)
+    assert contents(copy) == before and os.listdir(copy.parent) == ["copy"]
+    (copy / name).rename(copy / "sample.png")
+    pixels.save(copy, files={"sample.png": b"new"})
+    assert (copy / "sample.png").read_bytes() == b"new"
 
 
 def test_only_models_are_replaced(pixels: DiffusionModel, tmp_path: Path) -> None:

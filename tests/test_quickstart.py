@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
@@ -45,14 +46,35 @@ SHORT = {
 OVERRIDES = [f"--{key}={json.dumps(value)}" for key, value in SHORT.items()]
 
 
+def no_socket(*_: object, **__: object) -> None:
+    raise AssertionError("a socket was opened")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Begun by `train` for three steps, and finished by `quickstart`."""
+    """Begun by `train` for three steps, and finished by `quickstart`, which draws and scores without the run and
+    without a network: from when it loads the model, all but that is out of reach."""
     folder = tmp_path_factory.mktemp("runs") / "quick start"
     run = [*OVERRIDES, f"--train.output_dir={folder}"]
-    assert cli.main(["train", str(cli.CONFIGS / "quickstart.yaml"), *run, "--train.max_train_steps=3"]) == 0
+    assert cli.main(["train", "quickstart", *run, "--train.max_train_steps=3"]) == 0
     quickstart = ["quickstart", "--output-dir", str(folder), *OVERRIDES, f"--train.max_train_steps={STEPS}"]
-    assert cli.main(quickstart) == 0
+    away = folder.with_name("away")
+    away.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def load(model: Path) -> DiffusionModel:
+            assert model == folder / "model"
+            patch.setattr(socket, "socket", no_socket)
+            for path in list(folder.iterdir()):
+                if path != model:
+                    path.rename(away / path.name)
+            return DiffusionModel.load(model)
+
+        patch.setattr(cli, "_load", load)
+        assert cli.main(quickstart) == 0
+    assert any(away.glob("checkpoint-*"))
+    for path in list(away.iterdir()):
+        path.rename(folder / path.name)
     return folder
 
 
@@ -111,6 +133,14 @@ def test_a_second_run_says_that_it_is_finished_and_what_to_type(
     assert Path(arguments.model) == folder / "model" and arguments.prompts == ["a photo of a sneaker"]
 
 
+def test_fewer_steps_than_the_run_has_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for steps in (3, STEPS - 1):  # there is a checkpoint-3, which is not what would be exported
+        fewer = ["quickstart", "--output-dir", str(folder), *OVERRIDES, f"--train.max_train_steps={steps}"]
+        assert cli.main(fewer) == 2
+        error = capsys.readouterr().err
+        assert f"max_train_steps: {steps}" in error and f"checkpoint-{STEPS}" in error and error.count("\n") == 1
+
+
 def test_another_architecture_in_the_same_folder_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = [*OVERRIDES, "--model.unet.block_out_channels=[16, 32, 32]", f"--train.max_train_steps={STEPS}"]
     assert cli.main(["quickstart", "--output-dir", str(folder), *other]) == 2
@@ -129,7 +159,7 @@ def test_evaluate_prints_the_scores_as_json(folder: Path, capsys: pytest.Capture
     argv = ["evaluate", str(folder / "model"), "--images-per-class", "2", "--steps", "4", "--guidance-scale", "1"]
     assert cli.main(argv) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores["images_per_class"] == 2 and scores["steps"] == 4
+    assert scores["images_per_class"] == 2 and scores["steps"] == 4 and "batch_size" not in scores
     assert all(0 <= share <= 1 for share in scores["prompt_accuracy"].values())
 
 

@@ -88,6 +88,29 @@ def test_a_seed_is_the_same_picture_in_every_batch(model: DiffusionModel, solver
     assert np.abs(alone[0] - together[5 + 3]).max() <= 1  # prompt-major: all of the first prompt first
 
 
+def test_pairs_are_those_of_all_with_all(model: DiffusionModel) -> None:
+    every = pixels(sample(model, PROMPTS, seeds=[3, 4], steps=2))
+    pairs = pixels(sample(model, [PROMPTS[1], *PROMPTS], seeds=[3, 4, 4], steps=2, paired=True))
+    assert np.abs(pairs - every[[2, 1, 3]]).max() <= 1
+
+
+def test_each_picture_is_told_once_its_batch_is_drawn(model: DiffusionModel) -> None:
+    seen: list[Any] = []
+    model.unet.train()
+
+    def look(image: Any) -> None:
+        assert model.unet.training and not torch.is_inference_mode_enabled()
+        seen.append(image)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, PROMPTS, seeds=range(3), steps=1, batch_size=2, finished=look)
+    assert model.unet.training
+    model.unet.eval()
+    assert np.array_equal(pixels(seen), pixels(sample(model, PROMPTS, seeds=range(3), steps=1, batch_size=2)[:4]))
+
+
 def ancestral(levels: Tensor) -> Table:
     s, after = levels[:-1], levels[1:]
     up = torch.minimum(after, (after**2 * (s**2 - after**2) / s**2).sqrt())
@@ -294,6 +317,7 @@ def test_the_negative_prompt_matters_and_scale_1_ignores_it(model: DiffusionMode
         ({"solver": "euler++"}, ["euler++", "dpm++2m", "ddim"]),
         ({"steps": 0}, ["steps is 0"]),
         ({"steps": 5000}, ["steps is 5000"]),
+        ({"steps": 10**12, "spacing": "karras"}, ["10000"]),
         ({"spacing": "bunched"}, ["bunched", "karras"]),
         ({"guidance_scale": float("nan")}, ["guidance_scale is nan"]),
         ({"guidance_scale": float("-inf")}, ["guidance_scale is -inf"]),
@@ -305,6 +329,8 @@ def test_the_negative_prompt_matters_and_scale_1_ignores_it(model: DiffusionMode
         ({"seeds": []}, ["no seed"]),
         ({"size": (0, 8)}, ["8x0", "8x1"]),
         ({"size": (8, -8)}, ["-8x8"]),
+        ({"size": (8, 10**12)}, ["16384"]),
+        ({"paired": True, "seeds": [1, 2, 3]}, ["2 prompts", "3 seeds"]),
         ({"size": (8.0, 8)}, ["size (8.0, 8)"]),
         ({"batch_size": 0}, ["batch_size is 0"]),
         ({"prompts": []}, ["no prompt"]),

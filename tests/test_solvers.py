@@ -317,6 +317,7 @@ def test_levels_are_fractional_and_end_at_zero() -> None:
         (NoiseSchedule.linear(), 2.5, None, ["steps is 2.5"]),
         (NoiseSchedule.linear(), True, None, ["steps is True"]),
         (NoiseSchedule.linear(), 1001, "leading", ["steps is 1001", "1000"]),
+        (NoiseSchedule.edm(), 10_001, None, ["steps is over 10000"]),
         (NoiseSchedule.linear(), 10, "random", ["'random'", "trailing", "karras"]),
         (NoiseSchedule.linear(), 10, "flow", ["'flow'", "trailing"]),
         (NoiseSchedule.flow(), 10, "trailing", ["'trailing'", "karras"]),

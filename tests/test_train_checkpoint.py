@@ -1,7 +1,9 @@
 """Checkpoints of a run: whole or absent, verified, and what was there before is never lost."""
 
+import contextlib
 import errno
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -147,6 +149,43 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     found = checkpoint.load(tmp_path)
     assert found and found.tensors["model"]["b"].tolist() == [2.0] * 3
     assert names(tmp_path) == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_while_a_step_is_saved_again_leaves_one_of_the_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    checkpoint.save(tmp_path, 5, {}, tensors(1), keep=2)
+    rename, calls = os.rename, iter(range(100))
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).parent == tmp_path and next(calls) == renames:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr("os.rename", killed)
+        checkpoint.save(tmp_path, 5, {}, tensors(2), keep=2)
+    checkpoint.sweep(tmp_path)
+    found = checkpoint.load(tmp_path)
+    assert found and found.tensors["model"]["b"].tolist() == [2.0 if renames == 2 else 1.0] * 3
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
+def test_a_step_that_cannot_be_saved_again_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 5, {}, tensors(1), keep=2)
+    rename = os.rename
+
+    def full(source: Path, target: Path) -> None:
+        if source.name.startswith(checkpoint.HIDDEN):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", full)
+    with pytest.raises(SaveError):
+        checkpoint.save(tmp_path, 5, {}, tensors(2), keep=2)
+    found = checkpoint.load(tmp_path)
+    assert found and found.tensors["model"]["b"].tolist() == [1.0] * 3 and names(tmp_path) == ["checkpoint-5"]
 
 
 @pytest.mark.parametrize(

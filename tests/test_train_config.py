@@ -80,6 +80,16 @@ def test_overrides_are_applied_in_order_after_the_file(tmp_path: Path) -> None:
         (["--data.random_flip=1"], ["data.random_flip", "true or false", "got 1"]),
         (["--data.caption_dropout=1.5"], ["data.caption_dropout", "at least 0 and at most 1", "1.5"]),
         (["--optimizer.learning_rate=.nan"], ["optimizer.learning_rate", "a number"]),
+        (["--data.resolution=99999"], ["data.resolution", "at most 16384", "99999"]),
+        (
+            ["--optimizer.lr_scheduler=polynomial", "--optimizer.learning_rate=1e-8"],
+            ["optimizer.learning_rate", "polynomial"],
+        ),
+        (
+            ["--optimizer.text_encoder_lr=1e-5", "--model.train_text_encoder=false"],
+            ["optimizer.text_encoder_lr", "no text encoder is trained"],
+        ),
+        (["--optimizer.text_encoder_lr=1e-5", "--model.text_encoder=null"], ["optimizer.text_encoder_lr"]),
         (["--train.mixed_precision=fp8"], ["train.mixed_precision", "one of no, fp16, bf16", '"fp8"']),
         (["--validation.validation_prompts=a cat"], ["validation.validation_prompts", "a list of texts", '"a cat"']),
         (["--validation.validation_prompts=[1]"], ["validation.validation_prompts", "a list of texts"]),

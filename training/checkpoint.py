@@ -22,10 +22,12 @@ from torch import Tensor
 
 from diffusion_unet.checkpoint import read_json, read_safetensors, write_json, write_safetensors
 from diffusion_unet.errors import InputError, SaveError
+from diffusion_unet.model import sync_folder
 
 FORMAT = 1
 STATE, MANIFEST = "state.json", "manifest.json"
 HIDDEN = ".unfinished-"  # also what is on its way out
+REPLACED = ".replaced-"  # a checkpoint that the same step, saved again, is about to replace
 SPARE_BYTES = 1 << 20  # JSON, headers, directories
 
 
@@ -50,7 +52,7 @@ def save(
 
     Raises SaveError with the path and the bytes needed; then nothing is left behind, and older ones are untouched."""
     final = run / f"checkpoint-{step}"
-    partial = run / f"{HIDDEN}{final.name}"
+    partial, replaced = run / f"{HIDDEN}{final.name}", run / f"{REPLACED}{final.name}"
     needed = SPARE_BYTES + sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -61,11 +63,14 @@ def save(
         partial.mkdir()
         _write(partial, {"format": FORMAT, "step": step, **state}, tensors)
         if final.exists():
-            _remove(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(final, replaced)
         os.rename(partial, final)
         sync_folder(run)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _bring_back(run)
         if isinstance(error, SaveError):
             raise
         raise SaveError(
@@ -132,18 +137,19 @@ def whole_looking(run: Path) -> list[Path]:
 
 
 def sweep(run: Path) -> None:
-    """Removes what an interrupted save or removal left behind."""
+    """Removes what an interrupted save or removal left behind; a checkpoint that was not replaced yet is kept."""
+    _bring_back(run)
     for path in run.glob(f"{HIDDEN}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _bring_back(run: Path) -> None:
+    for path in run.glob(f"{REPLACED}*"):
+        final = run / path.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.rename(path, final)
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")

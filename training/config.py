@@ -15,6 +15,8 @@ from diffusion_unet.errors import InputError
 
 from .settings import REQUIRED, Setting, apply, build, explain, leaves, parse, setting, show
 
+POLYNOMIAL_END = 1e-7  # the last rate of diffusers' polynomial schedule
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
@@ -103,7 +105,10 @@ class DataConfig:
         "text", "key or column of the caption, or of a list of captions to choose from", fixed=False
     )
     resolution: int = setting(
-        32, "side of the training images in pixels: the shorter side is scaled to it, the longer cropped", low=1
+        32,
+        "side of the training images in pixels: the shorter side is scaled to it, the longer cropped",
+        low=1,
+        high=16384,
     )
     center_crop: bool = setting(False, "crop the middle; otherwise a place drawn anew each time")
     random_flip: bool = setting(False, "mirror half of the images, left to right")
@@ -142,6 +147,7 @@ class ObjectiveConfig:
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = setting(1e-4, "peak rate of AdamW", low=0.0)
+    text_encoder_lr: float | None = setting(None, "peak rate of the text encoder; null is learning_rate", low=0.0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = setting("constant_with_warmup", "course of the rate over max_train_steps, as diffusers' get_scheduler names it")
@@ -283,8 +289,17 @@ def check(config: Config) -> None:
         objective.snr_gamma is not None and objective.weighting != "min_snr",
         "objective.snr_gamma: only with weighting min_snr",
     )
+    trained = model.train_text_encoder if model.train_text_encoder is not None else model.pretrained is None
+    _refuse(
+        config.optimizer.text_encoder_lr is not None and not (trained and (model.pretrained or model.text_encoder)),
+        "optimizer.text_encoder_lr: no text encoder is trained; take it out, or set model.train_text_encoder",
+    )
     batch, micro = config.train.train_batch_size, config.train.gradient_accumulation_steps
     _refuse(micro > batch, f"train.gradient_accumulation_steps: {micro} is more than train_batch_size ({batch})")
+    _refuse(
+        config.optimizer.lr_scheduler == "polynomial" and config.optimizer.learning_rate <= POLYNOMIAL_END,
+        f"optimizer.learning_rate: polynomial falls to {POLYNOMIAL_END:g}, so it must be above that",
+    )
     if config.optimizer.lr_scheduler == "constant":
         _refuse(
             config.optimizer.lr_warmup_steps > 0,

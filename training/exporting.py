@@ -1,6 +1,7 @@
 """A run made into a model folder that diffusers loads, with a card that tells how it came about."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffusion_unet.model import DiffusionModel
 from . import checkpoint
 from .config import Config, config_from_dict, to_dict
 from .data import EMBEDDED
-from .loop import BASE, METRICS, PREVIEWS
+from .loop import BASE, METRICS, PREVIEWS, step_of
 from .network import Network, trains_text
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,11 +43,15 @@ def export(
         raise InputError(f"{run}: no checkpoint there; train first, or give the train.output_dir of a run")
     config = config_from_dict(found.state.get("config", {}), str(found.path))
     model = DiffusionModel.load(config.model.pretrained or run / BASE, dtype=torch.float32)
+    if config.model.pretrained and model.fingerprint() != found.state.get("pretrained"):
+        raise InputError(f"{config.model.pretrained}: not the model that {run} was tuned from; put that one back")
     name = _weights(found, ema)
     _put_in(model, found, config, name)
-    pictures = sorted((run / PREVIEWS).glob("step_*.png"))
-    files = {GRID: pictures[-1].read_bytes()} if pictures else {}
-    text = card(config, found, name, model, out.resolve().name, _recent_loss(run / METRICS), with_grid=bool(files))
+    step = found.state["step"]
+    picture = _preview(run / PREVIEWS, step)
+    files = {GRID: picture.read_bytes()} if picture else {}
+    loss = _recent_loss(run / METRICS, step)
+    text = card(config, found, name, model, out.resolve().name, loss, with_grid=bool(files))
     as_dtype = DTYPES[dtype or "fp32"]
     model.save(out, card=text, files=files, variant=variant, dtype=as_dtype)
     _compare(model, DiffusionModel.load(out, variant=variant), as_dtype, out)
@@ -85,9 +90,17 @@ def _compare(model: DiffusionModel, written: DiffusionModel, dtype: torch.dtype,
         raise SaveError(f"{out}: read back, it is not the model that was written; is the disk in order?")
 
 
-def _recent_loss(metrics: Path) -> float | None:
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    losses = [record["loss"] for record in map(json.loads, lines) if "loss" in record][-RECENT:]
+def _preview(folder: Path, step: int) -> Path | None:
+    """The last preview grid of `step` or before it."""
+    steps = {int(match[1]): path for path in folder.glob("*") if (match := re.fullmatch(r"step_(\d+)\.png", path.name))}
+    return max(((number, path) for number, path in steps.items() if number <= step), default=(0, None))[1]
+
+
+def _recent_loss(metrics: Path, step: int) -> float | None:
+    """The mean of the last losses that were logged up to `step`; a line that was cut short is passed over."""
+    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
+    records = [json.loads(line) for line in lines if step_of(line) <= step]
+    losses = [record["loss"] for record in records if "loss" in record][-RECENT:]
     return sum(losses) / len(losses) if losses else None
 
 

@@ -24,21 +24,20 @@ from diffusion_unet.errors import InputError
 CLASSES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 # {a} is the noun with its article ("an ankle boot", "a pair of trousers", also "trousers"), {noun} without.
+# Short ones and long ones, so that the noun is read wherever it stands.
 TRAINED = (
     "{noun}",
     "{a}",
     "a photo of {a}",
     "a picture of {a}",
     "an image of {a}",
-    "a photograph of {a}",
     "a small photo of {a}",
-    "a black and white photo of {a}",
-    "a photo showing {a}",
+    "a photograph of {a}",
     "the picture shows {a}",
     "draw {a}",
-    "show me {a}",
     "{a} on a black background",
-    "{a}, product photo",
+    "this is a small picture showing {a}",
+    "one more black and white photo of {a}",
 )
 # Never trained on: whoever asks for a picture need not know how the captions were worded. The last has a new word too.
 HELD_OUT = (

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_unet.checkpoint import write_bytes
-from diffusion_unet.errors import InputError, NonFiniteError, Stopped
+from diffusion_unet.errors import InputError, NonFiniteError, SaveError, Stopped
 from diffusion_unet.images import grid, save_png
 from diffusion_unet.model import DiffusionModel
 
@@ -29,9 +29,9 @@ from . import checkpoint, data
 from .batches import Batch, Batches, encode
 from .config import Config, changed, to_dict
 from .ema import EMA
-from .engine import StopSignal, learning_rate, locked, make_accelerator, make_optimizer, moments
+from .engine import StopSignal, locked, make_accelerator, make_optimizer, moments, rate_course
 from .evaluate import held_out_loss
-from .network import Network, new_channels, new_model, trains_text
+from .network import Network, new_channels, new_model, refuse_other_inputs, trains_text
 from .objective import image_losses
 
 Preview = Callable[[DiffusionModel, list[str], list[int]], list[Image]]
@@ -58,6 +58,11 @@ def train(config: Config, *, preview: Preview | None = None, progress: bool = Tr
         found = checkpoint.load(run, say)
         if found:
             _refuse_changes(found, config)
+            if found.state["step"] > config.train.max_train_steps:
+                raise InputError(
+                    f"train.max_train_steps: {config.train.max_train_steps}, and {found.path} has taken more: raise it,"
+                    " or take another train.output_dir"
+                )
         if not found or found.state["look_due"] or found.state["step"] < config.train.max_train_steps:
             Trainer(config, accelerator, found, progress=progress, say=say).run(preview)
         say(f"{run}: finished, {config.train.max_train_steps} steps")
@@ -79,13 +84,15 @@ class Trainer:
         self.config, self.accelerator, self.say = config, accelerator, say
         self.folder = Path(config.train.output_dir)
         self.progress = progress and accelerator.is_main_process
-        pretrained = config.model.pretrained and DiffusionModel.load(config.model.pretrained, dtype=torch.float32)
-        self.dataset = self._inspect(pretrained.codec.channels if pretrained else new_channels(config.model))
+        pretrained = self._pretrained(found)
+        channels = pretrained.codec.channels if pretrained else new_channels(config.model, config.data.resolution)
+        self.dataset = self._inspect(channels)
         if found and found.state.get("data") != self.dataset.fingerprint:
             raise InputError(
                 f"{found.path}: data.train_data_dir: images or captions are not those that the run began with"
             )
         self.model = (pretrained or self._new_model(found is not None)).to(accelerator.device)
+        self._check_prompts()
         self.batches = Batches(config, self.dataset, self.model, accelerator.process_index, accelerator.num_processes)
         if self.batches.cut:
             say(f"{self.batches.cut} captions are longer than the text encoder reads, and are cut")
@@ -94,8 +101,8 @@ class Trainer:
             self.network.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.parameters = self.network.trained()
         self.ema = None if config.train.ema_decay is None else EMA(self.parameters, config.train.ema_decay)
-        self.optimizer = make_optimizer(config.optimizer, list(self.parameters.values()), accelerator.device)
-        self.rate = learning_rate(config)
+        self.optimizer = make_optimizer(config.optimizer, self.parameters, accelerator.device)
+        self.course = rate_course(config)
         self.steps_done, self.seconds = 0, 0.0
         self.look_due = False  # whether the preview and the held-out loss of these weights are still to be made
         if found:
@@ -104,6 +111,29 @@ class Trainer:
         self.dropout = self.network.has_dropout()
 
     # ---- before the first step ----
+
+    def _pretrained(self, found: checkpoint.Checkpoint | None) -> DiffusionModel | None:
+        folder = self.config.model.pretrained
+        if folder is None:
+            self.pretrained = None
+            return None
+        model = DiffusionModel.load(folder, dtype=torch.float32)
+        refuse_other_inputs(model.unet.config, "model.pretrained")
+        self.pretrained = model.fingerprint()
+        if found and found.state.get("pretrained") != self.pretrained:
+            raise InputError(f"{found.path}: model.pretrained: {folder} is not the model that the run began with")
+        return model
+
+    def _check_prompts(self) -> None:
+        prompts = list(self.config.validation.validation_prompts)
+        if self.model.text is None:
+            if prompts:
+                raise InputError("validation.validation_prompts: the model has no text encoder; take them out")
+            return
+        try:
+            self.model.text.tokenize(prompts, refuse_long=True)
+        except InputError as error:
+            raise InputError(f"validation.validation_prompts: {error}") from None
 
     def _inspect(self, channels: int) -> data.Dataset:
         config = self.config.data
@@ -186,9 +216,9 @@ class Trainer:
         # With a scaled loss (fp16) an infinite gradient is expected: the scale is lowered and the step left out.
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or accelerator.scaler):
             raise self._non_finite(batch, own, loss, grad_norm)
-        rate = self.rate(self.steps_done)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * self.course(self.steps_done)
+        rate = self.optimizer.param_groups[0]["lr"]
         self.prepared.step()
         self.prepared.zero_grad()
         self.steps_done += 1
@@ -235,13 +265,15 @@ class Trainer:
     # ---- what is written ----
 
     def save(self) -> None:
-        """Writes a checkpoint, by the main process. Raises SaveError."""
+        """Writes a checkpoint, by the main process. Raises SaveError, and NonFiniteError where weights are spoilt."""
         if self.accelerator.is_main_process:
+            self._check_weights()
             scaler = self.accelerator.scaler
             state = {
                 "images_seen": self.steps_done * self.config.train.train_batch_size,
                 "seconds": self.seconds,
                 "data": self.dataset.fingerprint,
+                "pretrained": self.pretrained,
                 "samples": len(self.dataset),
                 "look_due": self.look_due,
                 "scaler": scaler.state_dict() if scaler else None,
@@ -250,6 +282,15 @@ class Trainer:
             limit = self.config.train.checkpoints_total_limit
             checkpoint.save(self.folder, self.steps_done, state, self._tensors(), limit)
         self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        tensors = self._tensors()
+        for name, tensor in (pair for part, pairs in tensors.items() if part != "optimizer" for pair in pairs.items()):
+            if not tensor.square().sum().isfinite():  # so large that squares overflow is as useless as infinite
+                raise NonFiniteError(
+                    f"step {self.steps_done}: the weights {name} are infinite, or nearly, and nothing was saved:"
+                    " lower optimizer.learning_rate"
+                )
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of the run's state, by file: the live ones, so that copying into them restores it."""
@@ -281,29 +322,41 @@ class Trainer:
         path = self.folder / METRICS
         if self.accelerator.is_main_process and path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            write_bytes(path, b"".join(line for line in lines if _step_of(line) <= self.steps_done))
+            write_bytes(path, b"".join(line for line in lines if step_of(line) <= self.steps_done))
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise SaveError(f"{self.folder / METRICS}: cannot be written ({error.strerror})") from error
 
     def _look(self, preview: Preview | None) -> None:
-        """The preview grid and the held-out loss, with the averaged weights where there are any."""
-        prompts, count = list(self.config.validation.validation_prompts), self.config.validation.num_validation_images
+        """The preview grid and the held-out loss. Where they fail, the run is saved before the error is raised."""
         if self.accelerator.is_main_process:
-            self.network.eval()
-            with self.ema.swapped_in() if self.ema else nullcontext(), torch.no_grad():
-                batch = self.batches.held_out_batch(HELD_OUT_IMAGES)
-                if batch is not None:
-                    losses = held_out_loss(self.network, self.model, batch, self.config.objective)
-                    self._log({"step": self.steps_done, "held_out_loss": losses})
-                if preview is not None and prompts:
-                    images = preview(self.model, prompts, list(range(count)))
-                    save_png(self.folder / PREVIEWS / f"step_{self.steps_done:06d}.png", grid(images, prompts, count))
-            self.network.train()
+            self._check_weights()
+            try:
+                self._draw_and_measure(preview)
+            except Exception:  # whatever it was, the weights are as they were
+                self.save()
+                raise
         self.look_due = False
         self.accelerator.wait_for_everyone()
+
+    def _draw_and_measure(self, preview: Preview | None) -> None:
+        """With the averaged weights where there are any."""
+        prompts, count = list(self.config.validation.validation_prompts), self.config.validation.num_validation_images
+        self.network.eval()
+        with self.ema.swapped_in() if self.ema else nullcontext(), torch.no_grad():
+            if preview is not None and prompts:
+                images = preview(self.model, prompts, list(range(count)))
+                save_png(self.folder / PREVIEWS / f"step_{self.steps_done:06d}.png", grid(images, prompts, count))
+            batch = self.batches.held_out_batch(HELD_OUT_IMAGES)
+            if batch is not None:
+                losses = held_out_loss(self.network, self.model, batch, self.config.objective)
+                self._log({"step": self.steps_done, "held_out_loss": losses})
+        self.network.train()
 
 
 def _refuse_changes(found: checkpoint.Checkpoint, config: Config) -> None:
@@ -312,7 +365,7 @@ def _refuse_changes(found: checkpoint.Checkpoint, config: Config) -> None:
         raise InputError(f"{found.path}: it cannot go on with {'; '.join(changes)}: take another train.output_dir")
 
 
-def _step_of(line: bytes) -> float:
+def step_of(line: bytes) -> float:
     """The step of a line of metrics.jsonl; infinity for a line that was cut short."""
     try:
         record = json.loads(line)

@@ -17,6 +17,9 @@ from diffusion_unet.unet import UNet
 from .config import ModelConfig, ScheduleConfig
 from .data import Dataset
 
+# What captions do not give a U-Net: classes, pooled text and sizes, guidance, a context of another width.
+NOT_TRAINED = ("num_class_embeds", "class_embed_type", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim")
+
 
 class Network(nn.Module):
     """U-Net and text encoder as one module, so that there is one thing to wrap, average and save."""
@@ -62,9 +65,22 @@ def trains_text(config: ModelConfig) -> bool:
     return config.pretrained is None if config.train_text_encoder is None else config.train_text_encoder
 
 
-def new_channels(config: ModelConfig) -> int:
-    """Channels of the pictures that a new model is trained on, 1 or 3. Raises InputError."""
+def refuse_other_inputs(unet: UNetConfig, key: str) -> None:
+    """Raises InputError, naming the setting `key`, for a U-Net that takes more than noise, sigma and captions."""
+    for name in NOT_TRAINED:
+        if getattr(unet, name) is not None:
+            raise InputError(f"{key}: training has nothing to give to a U-Net with {name}; it is for sampling only")
+
+
+def new_channels(config: ModelConfig, resolution: int) -> int:
+    """Channels of the pictures [resolution, resolution] that a new model is trained on, 1 or 3. Raises InputError."""
     unet = UNetConfig.from_diffusers(config.unet or {})
+    refuse_other_inputs(unet, "model.unet")
+    if unet.sample_size not in (None, resolution):
+        raise InputError(
+            f"model.unet.sample_size: {unet.sample_size} is not data.resolution ({resolution}), which it follows; take"
+            " it out"
+        )
     if unet.in_channels != unet.out_channels or unet.out_channels not in (1, 3):
         raise InputError(
             f"model.unet: in_channels {unet.in_channels} and out_channels {unet.out_channels}; training on pixels needs"
@@ -80,7 +96,7 @@ def new_model(config: ModelConfig, dataset: Dataset, seed: int) -> DiffusionMode
     """A model with weights drawn from `seed`, tokenizer and pixel statistics from the data. Raises InputError.
 
     torch's own generator is left as it was."""
-    settings: dict[str, Any] = {"sample_size": dataset.resolution, **(config.unet or {})}
+    settings: dict[str, Any] = {**(config.unet or {}), "sample_size": dataset.resolution}
     unet_config = UNetConfig.from_diffusers(settings)
     mean = dataset.mean if config.pixel_mean is None else config.pixel_mean
     std = dataset.std if config.pixel_std is None else config.pixel_std

@@ -8,17 +8,15 @@ dataclass (a section), or one of them or None.
 import dataclasses
 import json
 import math
-import re
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import field
-from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import yaml
-
+from diffusion_unet.arguments import nearest
 from diffusion_unet.errors import InputError
+from diffusion_unet.plain_yaml import parse as parse
 
 REQUIRED = object()
 
@@ -55,39 +53,6 @@ def leaves(kind: Any, prefix: str = "") -> Iterator[Setting]:
         else:
             default = "required" if meta["required"] else show(spec.default)
             yield Setting(key, _name(spec.type), default, meta["help"], meta["fixed"])
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-4 is a number, `no` is a word, a key given twice is an error."""
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{source}{place}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError, TypeError) as error:
-        raise InputError(f"{source}: not valid YAML: {str(error).partition(chr(10))[0]}") from None
 
 
 def apply(kind: Any, tree: dict[str, Any], override: str) -> None:
@@ -172,7 +137,8 @@ def _nearest(root: Any, prefix: str, name: str) -> str:
 
 
 def _closest(name: str, keys: dict[str, str]) -> str | None:
-    return next((keys[match] for match in get_close_matches(name, keys, n=1)), None)
+    near = nearest(name, keys)
+    return None if near is None else keys[near]
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
