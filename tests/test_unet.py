@@ -31,7 +31,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 7), (1, 5)], ids=["even", "odd", "strip"])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (2, 5)], ids=["even", "odd", "strip"])
 @pytest.mark.parametrize("name", NARROW)
 def test_outputs_and_all_gradients_equal_the_stock_class(name: str, size: tuple[int, int]) -> None:
     stock, unet = pair(name)
