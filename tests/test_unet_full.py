@@ -27,7 +27,7 @@ def shared_pair(name: str) -> tuple[UNet2DConditionModel, UNet]:
     return stock, unet
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert float((ours - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
 
 
@@ -42,9 +42,9 @@ def test_stable_diffusion_15_forward_and_backward() -> None:
         (output * weight).sum().backward()
         outputs.append(output.detach())
         gradients.append([parameter.grad for parameter in model.parameters()])
-    close(outputs[1], outputs[0])
+    assert_close(outputs[1], outputs[0])
     for ours, theirs in zip(gradients[1], gradients[0], strict=True):
-        close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 def test_sdxl_forward() -> None:
@@ -52,4 +52,4 @@ def test_sdxl_forward() -> None:
     assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_463_684
     values = inputs(FAMILIES["sdxl"], height=32, width=32, batch=1)
     with torch.no_grad():
-        close(unet(**values), stock_call(stock, values))
+        assert_close(unet(**values), stock_call(stock, values))
