@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .pipeline import PixelTextToImagePipeline
     from .schedule import NoiseSchedule
     from .unet import UNet
+    from .unet_2d_condition import UNet2DConditionModel
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "SaveError",
     "Stopped",
     "UNet",
+    "UNet2DConditionModel",
     "UNetConfig",
     "sample",
     "train",
@@ -53,6 +55,7 @@ _MODULES = {
     "SaveError": "errors",
     "Stopped": "errors",
     "UNet": "unet",
+    "UNet2DConditionModel": "unet_2d_condition",
     "UNetConfig": "config",
 }
 _SIBLINGS = {"sample": "sampling", "train": "training"}

@@ -38,8 +38,11 @@ class Attention(nn.Module):
             k, v = context[self.slot]
         else:
             k, v = self.keys_values(x if context is None else context)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, h, N, d]
-        return self.to_out[0](rearrange(x, "b h n d -> b n (h d)"))
+        return self.to_out[0](rearrange(self.attend(q, k, v, bias), "b h n d -> b n (h d)"))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(d) + bias) v, each [B, h, tokens, d]: what other kernels may replace."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     def _split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
@@ -108,18 +111,20 @@ class Transformer2DModel(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Context | None = None, bias: Tensor | None = None) -> Tensor:
-        height = x.shape[2]
-        h = self.norm(x)
-        h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))  # [B, N, C]
+        h = self.enter(x)
         for block in self.transformer_blocks:
             h = block(h, context, bias)
-        h = _image(self.proj_out(h), height) if self.linear else self.proj_out(_image(h, height))  # [B, C, H, W]
-        return x + h
+        return x + self.leave(h, height=x.shape[2])
 
+    def enter(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> tokens [B, N, C], normalised and projected; a channels_last image is not copied."""
+        x = self.norm(x)
+        x = x if self.linear else self.proj_in(x)
+        tokens = rearrange(x, "b c h w -> b (h w) c")
+        return self.proj_in(tokens) if self.linear else tokens
 
-def _tokens(x: Tensor) -> Tensor:
-    return rearrange(x, "b c h w -> b (h w) c")
-
-
-def _image(x: Tensor, height: int) -> Tensor:
-    return rearrange(x, "b (h w) c -> b c h w", h=height)
+    def leave(self, tokens: Tensor, height: int) -> Tensor:
+        """[B, N, C] -> [B, C, H, W], projected; the image is channels_last, which is how the tokens lie."""
+        tokens = self.proj_out(tokens) if self.linear else tokens
+        x = rearrange(tokens, "b (h w) c -> b c h w", h=height)
+        return x if self.linear else self.proj_out(x)

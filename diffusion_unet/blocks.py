@@ -18,13 +18,11 @@ class DownBlock2D(nn.Module):
 
     def __init__(self, config: UNetConfig, level: Level, in_channels: int) -> None:
         super().__init__()
-        resnets, attentions = nn.ModuleList(), nn.ModuleList()
+        self.attentions, self.resnets = nn.ModuleList(), nn.ModuleList()
         for i, depth in enumerate(level.depths):
-            resnets.append(ResnetBlock2D(config, level.channels if i else in_channels, level.channels))
+            self.resnets.append(ResnetBlock2D(config, level.channels if i else in_channels, level.channels))
             if depth:
-                attentions.append(Transformer2DModel(config, level, depth))
-        self.attentions = attentions
-        self.resnets = resnets
+                self.attentions.append(Transformer2DModel(config, level, depth))
         downsample = [Downsample2D(level.channels, config.downsample_padding)] if level.resample else []
         self.downsamplers = nn.ModuleList(downsample)
 
@@ -63,13 +61,11 @@ class UNetMidBlock2D(nn.Module):
     def __init__(self, config: UNetConfig, level: Level) -> None:
         super().__init__()
         scale = config.mid_block_scale_factor
-        resnets = nn.ModuleList([ResnetBlock2D(config, level.channels, level.channels, scale)])
-        attentions = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        self.resnets = nn.ModuleList([ResnetBlock2D(config, level.channels, level.channels, scale)])
         for depth in level.depths:
-            attentions.append(Transformer2DModel(config, level, depth))
-            resnets.append(ResnetBlock2D(config, level.channels, level.channels, scale))
-        self.attentions = attentions
-        self.resnets = resnets
+            self.attentions.append(Transformer2DModel(config, level, depth))
+            self.resnets.append(ResnetBlock2D(config, level.channels, level.channels, scale))
 
     def forward(self, x: Tensor, emb: Embedding, context: Context | None = None, bias: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, emb)
@@ -87,13 +83,11 @@ class UpBlock2D(nn.Module):
 
     def __init__(self, config: UNetConfig, level: Level, in_channels: int, skip_channels: Sequence[int]) -> None:
         super().__init__()
-        resnets, attentions = nn.ModuleList(), nn.ModuleList()
+        self.attentions, self.resnets = nn.ModuleList(), nn.ModuleList()
         for i, (depth, skip) in enumerate(zip(level.depths, reversed(skip_channels), strict=True)):
-            resnets.append(ResnetBlock2D(config, (level.channels if i else in_channels) + skip, level.channels))
+            self.resnets.append(ResnetBlock2D(config, (level.channels if i else in_channels) + skip, level.channels))
             if depth:
-                attentions.append(Transformer2DModel(config, level, depth))
-        self.attentions = attentions
-        self.resnets = resnets
+                self.attentions.append(Transformer2DModel(config, level, depth))
         self.upsamplers = nn.ModuleList([Upsample2D(level.channels)] if level.resample else [])
 
     def forward(

@@ -55,11 +55,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 def read_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[dict[str, Tensor], Path]:
     """The tensors of `stem[.variant].safetensors` in a folder, sharded or not, and the file they are from."""
-    suffix = f".{variant}.safetensors" if variant else ".safetensors"
-    path, index = (
-        folder / f"{stem}{suffix}",
-        folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json",
-    )
+    suffix = f".{variant}" if variant else ""
+    path, index = folder / f"{stem}{suffix}.safetensors", folder / f"{stem}.safetensors.index{suffix}.json"
     if path.exists() or not index.exists():
         return read_safetensors(path), path
     names = read_json(index).get("weight_map")

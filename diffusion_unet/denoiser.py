@@ -67,8 +67,5 @@ def _inputs(conditioning: "Conditioning | None") -> tuple[Tensor | None, dict[st
     """The context, and the network's other inputs by name."""
     if conditioning is None:
         return None, {}
-    return conditioning.context, {
-        "class_labels": conditioning.class_labels,
-        "pooled": conditioning.pooled,
-        "time_ids": conditioning.time_ids,
-    }
+    names = ("class_labels", "pooled", "time_ids")
+    return conditioning.context, {name: getattr(conditioning, name) for name in names}

@@ -6,9 +6,10 @@ loads unchanged. Shapes: B batch, C channels, H and W image, L context length, D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +78,12 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, kernel_out, padding=kernel_out // 2)
-        self.context_width = config.encoder_hid_dim  # None until a layer that reads text is found
+        readers = self._cross_attentions()
+        self.context_width = config.encoder_hid_dim or (readers[0].to_k.in_features if readers else None)
         for slot, resnet in enumerate(self._resnets()):
             resnet.slot = slot
-        for slot, attention in enumerate(self._cross_attentions()):
+        for slot, attention in enumerate(readers):
             attention.slot = slot
-            self.context_width = self.context_width or attention.to_k.in_features
 
     @property
     def device(self) -> torch.device:
@@ -146,31 +147,10 @@ class UNet(nn.Module):
         if context_mask is not None:
             # Not -inf: a context that is masked altogether then counts evenly, where a softmax of -inf is NaN.
             bias = (1 - context_mask.to(x.dtype))[:, None, None] * -10000.0  # [B, 1, 1, L]
-        adapters = list(adapter_residuals or ())
-
-        x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
-        skips = [x]
-        for block in self.down_blocks:
-            x, outputs = block(x, emb, text, bias, adapters.pop(0) if adapters else None)
-            skips += outputs
-        if down_residuals is not None:
-            if len(down_residuals) != len(skips):
-                raise InputError(f"down_residuals has {len(down_residuals)} tensors, and the U-Net {len(skips)} skips")
-            skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
-        if self.mid_block is not None:
-            x = self.mid_block(x, emb, text, bias)
-            if adapters and adapters[0].shape == x.shape:
-                x = x + adapters.pop(0)
-        if adapters:
-            raise InputError(f"adapter_residuals has {len(adapters)} tensors more than the U-Net has down blocks")
-        if mid_residual is not None:
-            x = x + mid_residual
-        for block, level in zip(self.up_blocks, self.config.up_levels, strict=True):
-            count = len(level.depths)
-            size = skips[-count - 1].shape[-2:] if len(skips) > count else None
-            x = block(x, skips[-count:], emb, text, bias, size)
-            del skips[-count:]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = 2 * x - 1 if self.config.center_input_sample else x
+        given = {"emb": emb, "context": text, "bias": bias}
+        residuals = down_residuals, mid_residual, adapter_residuals
+        return run_stack(self, x, lambda block, x, **step: block(x, **given, **step), *residuals)
 
     @torch.no_grad()
     def precompute(self, context: Tensor | None, timesteps: Sequence[float], **conditions: Tensor | None) -> Cache:
@@ -263,6 +243,47 @@ class UNet(nn.Module):
         name = f"{WEIGHTS}.{variant}.safetensors" if variant else f"{WEIGHTS}.safetensors"
         checkpoint.write_safetensors(Path(folder, name), self.state_dict(), {"format": "pt"})
         checkpoint.write_json(Path(folder, "config.json"), self.config.to_diffusers())
+
+
+def run_stack(
+    unet: Any,
+    x: Tensor,
+    call: Callable[..., Any],
+    down_residuals: Sequence[Tensor] | None = None,
+    mid_residual: Tensor | None = None,
+    adapter_residuals: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Run the U over the children of `unet`: what the way down leaves on the stack of skips, the way up takes off it.
+
+    A block is run as the caller wants it to be: `call(block, x, residual=...)` going down, for x and the outputs,
+    `call(block, x)` in the middle, `call(block, x, skips=..., size=...)` going up. Residuals as in `UNet.forward`; none
+    of the sequences is changed.
+    """
+    adapters = list(adapter_residuals or ())
+    x = unet.conv_in(x)
+    skips = [x]
+    for block in unet.down_blocks:
+        x, outputs = call(block, x, residual=adapters.pop(0) if adapters else None)
+        skips += outputs
+    if down_residuals is not None:
+        if len(down_residuals) != len(skips):
+            raise InputError(f"down_residuals has {len(down_residuals)} tensors, and the U-Net {len(skips)} skips")
+        skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
+    if unet.mid_block is not None:
+        x = call(unet.mid_block, x)
+        if adapters and adapters[0].shape == x.shape:
+            x = x + adapters.pop(0)
+    if adapters:
+        raise InputError(f"adapter_residuals has {len(adapters)} tensors more than the U-Net has down blocks")
+    if mid_residual is not None:
+        x = x + mid_residual
+    for block in unet.up_blocks:
+        count = len(block.resnets)
+        # The size of the level that comes next, so that images of every size come back as they went in.
+        size = skips[-count - 1].shape[-2:] if len(skips) > count else None
+        x = call(block, x, skips=skips[-count:], size=size)
+        del skips[-count:]
+    return unet.conv_out(F.silu(unet.conv_norm_out(x)))
 
 
 def _class_embedding(config: UNetConfig) -> nn.Module | None:
