@@ -174,15 +174,19 @@ class _Trajectory:
             resnet.slot = slot
         for slot, reader in enumerate(self.readers):
             reader.slot = slot
+        self.forget()
+
+    def forget(self) -> None:
         self._state: list[Any] = []
+        self.projections, self.contexts = _Memory(MAX_STEPS_KEPT), _Memory(MAX_CONTEXTS_KEPT)
 
     def follow_weights(self, unet: nn.Module) -> None:
         """Forget everything when the weights have changed, or the adapters on them."""
         state = [part for layer in self._layers(unet) for part in _state_of(layer)]
         # The parameters themselves are held, and compared by identity: an address may be another one's tomorrow.
         if len(state) != len(self._state) or not all(map(_same, state, self._state)):
+            self.forget()
             self._state = state
-            self.projections, self.contexts = _Memory(MAX_STEPS_KEPT), _Memory(MAX_CONTEXTS_KEPT)
 
     def refuse_unsafe(self, unet: nn.Module) -> None:
         """Raises InputError where something would not be as at the step before, or not be told of this one."""
@@ -465,6 +469,12 @@ class UNet2DConditionModel(StockUNet):
         conditions = [value for value in (*given.values(), *added.values()) if isinstance(value, Tensor)]
         tokens = [] if context is None else [context]
         return trajectory.projections.get(step, conditions, project), trajectory.contexts.get((), tokens, read)
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As of PeftAdapterMixin; what `cached` keeps is forgotten, as peft swaps weights through `.data`."""
+        super().load_lora_adapter(*args, **kwargs)
+        if self._trajectory is not None:
+            self._trajectory.forget()
 
     # --- switches --------------------------------------------------------------------------------------------------
 
