@@ -43,13 +43,17 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None
     monkeypatch.setattr(Trainer, "step", acting)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "optimizer"),
+    [(signal.SIGTERM, ()), (signal.SIGINT, ("--optimizer.muon_lr=0.01",))],
+    ids=["adamw", "muon"],
+)
 def test_stopped_and_resumed_is_bit_identical_to_unbroken(
-    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, number: int, optimizer: tuple[str, ...]
 ) -> None:
-    unbroken = tiny_config(tmp_path / "a", images)
+    unbroken = tiny_config(tmp_path / "a", images, *optimizer)
     train(unbroken, progress=False)
-    broken = tiny_config(tmp_path / "b", images)
+    broken = tiny_config(tmp_path / "b", images, *optimizer)
     at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Stopped, match="stopped at step 3, and saved") as caught:

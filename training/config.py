@@ -148,6 +148,11 @@ class ObjectiveConfig:
 class OptimizerConfig:
     learning_rate: float = setting(1e-4, "peak rate of AdamW", low=0.0)
     text_encoder_lr: float | None = setting(None, "peak rate of the text encoder; null is learning_rate", low=0.0)
+    muon_lr: float | None = setting(
+        None,
+        "peak rate of Muon for the weights between the U-Net's first and last layer; null trains all with AdamW",
+        low=1e-9,
+    )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = setting("constant_with_warmup", "course of the rate over max_train_steps, as diffusers' get_scheduler names it")
@@ -293,6 +298,10 @@ def check(config: Config) -> None:
     _refuse(
         config.optimizer.text_encoder_lr is not None and not (trained and (model.pretrained or model.text_encoder)),
         "optimizer.text_encoder_lr: no text encoder is trained; take it out, or set model.train_text_encoder",
+    )
+    _refuse(
+        config.optimizer.muon_lr is not None and config.train.mixed_precision == "fp16",
+        "optimizer.muon_lr: Muon cannot leave out a step whose scaled gradients are infinite; take bf16 or no",
     )
     batch, micro = config.train.train_batch_size, config.train.gradient_accumulation_steps
     _refuse(micro > batch, f"train.gradient_accumulation_steps: {micro} is more than train_batch_size ({batch})")

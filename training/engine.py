@@ -16,9 +16,14 @@ from torch import Tensor, nn
 from diffusion_unet.errors import InputError, SaveError
 
 from .config import Config, OptimizerConfig
+from .muon import Muon
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with a fused AdamW
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# Layers that AdamW trains even where Muon trains the others, as its authors have it: the first, the last, embeddings.
+OUTER = tuple(
+    f"unet.{name}."
+    for name in ("conv_in", "conv_out", "time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj")
+)
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -43,24 +48,33 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(
-    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused where the device has it.
+def make_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Muon:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused where the device has it, with Muon where that is set.
 
-    Its groups, the U-Net's and then that of the "text." parameters, hold the peak of their rate under "peak"."""
-    text = [parameter for name, parameter in parameters.items() if name.startswith("text.")]
-    rest = [parameter for name, parameter in parameters.items() if not name.startswith("text.")]
+    Its groups, the U-Net's, that of the "text." parameters and that of Muon, have the peak of their rate in "peak"."""
+    text = [name for name in parameters if name.startswith("text.")]
+    inner = [name for name, parameter in parameters.items() if name not in text and _inner_matrix(name, parameter)]
+    matrices = inner if config.muon_lr else []
+    rest = [name for name in parameters if name not in {*text, *matrices}]
     text_peak = config.learning_rate if config.text_encoder_lr is None else config.text_encoder_lr
-    groups = [{"params": rest, "peak": config.learning_rate}, {"params": text, "peak": text_peak}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+    groups = [
+        {"params": [parameters[name] for name in names], "peak": peak, "muon": names is matrices}
+        for names, peak in ((rest, config.learning_rate), (text, text_peak), (matrices, config.muon_lr))
+        if names
+    ]
+    return Muon(
+        groups,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
         fused=device.type in FUSED,
     )
+
+
+def _inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """A weight between hidden layers: neither what reads the inputs nor what writes the output."""
+    return parameter.ndim >= 2 and not name.startswith(OUTER)
 
 
 def rate_course(config: Config) -> Callable[[int], float]:
@@ -78,18 +92,20 @@ def rate_course(config: Config) -> Callable[[int], float]:
     return lambda step: float(factor(step))
 
 
-def moments(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state as tensors named "exp_avg.<parameter>"; zeros are put in place before the first step."""
+def moments(optimizer: Muon, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state as tensors named "exp_avg.<parameter>"; zeros are put in place before the first step."""
+    matrices = {parameter for group in optimizer.param_groups if group["muon"] for parameter in group["params"]}
     tensors = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
+        kinds = ("exp_avg",) if parameter in matrices else ("exp_avg", "exp_avg_sq")
         if not state:
-            fused = optimizer.param_groups[0]["fused"]
-            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = (
-                torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2)
-            )
-        tensors.update({f"{moment}.{name}": state[moment] for moment in MOMENTS})
+            if parameter not in matrices:
+                fused = optimizer.param_groups[0]["fused"]
+                state["step"] = torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32)
+            for kind in kinds:
+                state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        tensors.update({f"{kind}.{name}": tensor for kind, tensor in state.items()})
     return tensors
 
 

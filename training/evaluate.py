@@ -71,23 +71,25 @@ def _classify(classifier: nn.Module, pixels: Tensor) -> Tensor:
 
 def score_fashion(draw: Draw, images_per_class: int) -> dict[str, Any]:
     """Prompt accuracy of a model trained on Fashion-MNIST, in the wordings of the training and in wordings kept from
-    it, beside that of real photographs, which is the ceiling.
+    it, beside that of real photographs at the size of the pictures, which is the ceiling.
 
     draw(prompts, seeds) -> a picture for each prompt, with the seed at its place. Picture i of a class has seed i and
     wording i, around the wordings."""
     from . import fashion
 
-    classifier, photographs = fashion.Classifier.load(), fashion.load()
-    labels = range(len(fashion.CLASSES))
+    classifier, labels = fashion.Classifier.load(), range(len(fashion.CLASSES))
+    wanted = [(label, seed) for label in labels for seed in range(images_per_class)]
 
-    def accuracy(captions: Callable[[int], Sequence[str]]) -> float:
+    def pictures(captions: Callable[[int], Sequence[str]]) -> Sequence[Image]:
         wordings = min(len(captions(label)) for label in labels)
-        wanted = [(label, seed) for label in labels for seed in range(images_per_class)]
-        images = draw([captions(label)[seed % wordings] for label, seed in wanted], [seed for _, seed in wanted])
-        return prompt_accuracy(images, [label for label, _ in wanted], classifier)
+        return draw([captions(label)[seed % wordings] for label, seed in wanted], [seed for _, seed in wanted])
 
+    drawn = {"trained": pictures(fashion.captions), "held_out": pictures(fashion.held_out_captions)}
+    right = [label for label, _ in wanted]
+    real = fashion.load()
+    photographs = fashion.resize(torch.tensor(real.images)[:, None].float(), drawn["trained"][0].width)[:, 0]
     return {
-        "prompt_accuracy": {"trained": accuracy(fashion.captions), "held_out": accuracy(fashion.held_out_captions)},
-        "ceiling": prompt_accuracy(photographs.images, photographs.labels, classifier),
+        "prompt_accuracy": {name: prompt_accuracy(images, right, classifier) for name, images in drawn.items()},
+        "ceiling": prompt_accuracy(photographs.round().clamp(0, 255).to(torch.uint8), real.labels, classifier),
         "images_per_class": images_per_class,
     }
