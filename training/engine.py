@@ -98,14 +98,12 @@ def moments(optimizer: Muon, parameters: Mapping[str, nn.Parameter]) -> dict[str
     tensors = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
-        kinds = ("exp_avg",) if parameter in matrices else ("exp_avg", "exp_avg_sq")
         if not state:
-            if parameter not in matrices:
-                fused = optimizer.param_groups[0]["fused"]
-                state["step"] = torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32)
-            for kind in kinds:
-                state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        tensors.update({f"{kind}.{name}": tensor for kind, tensor in state.items()})
+            fused = optimizer.param_groups[0]["fused"]
+            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32)
+            for moment in ("exp_avg",) if parameter in matrices else ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        tensors.update({f"{key}.{name}": tensor for key, tensor in state.items()})
     return tensors
 
 

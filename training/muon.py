@@ -35,7 +35,9 @@ class Muon(torch.optim.AdamW):
                 continue
             state = self.state[parameter]
             if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)  # which AdamW wants of every state
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["step"] += 1
             state["exp_avg"].lerp_(parameter.grad, 1 - MOMENTUM)
             ahead = parameter.grad.lerp(state["exp_avg"], MOMENTUM).flatten(1)  # Nesterov's
             by_shape[ahead.shape[0], ahead.shape[1]].append((parameter, ahead))
