@@ -147,6 +147,8 @@ class UNet(nn.Module):
         if context_mask is not None:
             # Not -inf: a context that is masked altogether then counts evenly, where a softmax of -inf is NaN.
             bias = (1 - context_mask.to(x.dtype))[:, None, None] * -10000.0  # [B, 1, 1, L]
+        if (count := len(adapter_residuals or ())) > (most := len(self.down_blocks) + 1):
+            raise InputError(f"adapter_residuals has {count} tensors, and the U-Net takes {most} at most")
         x = 2 * x - 1 if self.config.center_input_sample else x
         given = {"emb": emb, "context": text, "bias": bias}
         residuals = down_residuals, mid_residual, adapter_residuals
@@ -256,8 +258,8 @@ def run_stack(
     """Run the U over the children of `unet`: what the way down leaves on the stack of skips, the way up takes off it.
 
     A block is run as the caller wants it to be: `call(block, x, residual=...)` going down, for x and the outputs,
-    `call(block, x)` in the middle, `call(block, x, skips=..., size=...)` going up. Residuals as in `UNet.forward`; none
-    of the sequences is changed.
+    `call(block, x)` in the middle, `call(block, x, skips=..., size=...)` going up. Residuals are as in `UNet.forward`,
+    but those of an adapter that fit nowhere are left out; none of the sequences is changed.
     """
     adapters = list(adapter_residuals or ())
     x = unet.conv_in(x)
@@ -273,8 +275,6 @@ def run_stack(
         x = call(unet.mid_block, x)
         if adapters and adapters[0].shape == x.shape:
             x = x + adapters.pop(0)
-    if adapters:
-        raise InputError(f"adapter_residuals has {len(adapters)} tensors more than the U-Net has down blocks")
     if mid_residual is not None:
         x = x + mid_residual
     for block in unet.up_blocks:

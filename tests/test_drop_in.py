@@ -185,7 +185,7 @@ def test_a_self_attention_mask(sd15: tuple[Stock, Ours]) -> None:
 
 # Stock says so of an adapter's residuals in the place of a ControlNet's, and takes them.
 @pytest.mark.filterwarnings("ignore:Passing intrablock residual connections:FutureWarning")
-@pytest.mark.parametrize("kind", ["control", "adapter", "old adapter"])
+@pytest.mark.parametrize("kind", ["control", "adapter", "adapter with more than fits", "old adapter"])
 def test_residuals_equal_stock_and_the_callers_lists_stay_as_they_are(kind: str) -> None:
     stock, ours = random_pair(NARROW["sdxl"])
     values = inputs(NARROW["sdxl"])
@@ -202,7 +202,8 @@ def test_residuals_equal_stock_and_the_callers_lists_stay_as_they_are(kind: str)
             given["mid_block_additional_residual"] = torch.randn(sizes[-1])
         else:
             last = [torch.randn(sizes[3]), torch.randn(sizes[5]), torch.randn(sizes[8])]
-            name = "down_intrablock_additional_residuals" if kind == "adapter" else "down_block_additional_residuals"
+            last += [torch.randn(2, 3, 1, 1)] * ("more" in kind)
+            name = "down_block_additional_residuals" if "old" in kind else "down_intrablock_additional_residuals"
             given = {name: last}
         outputs = []
         for model in (stock, ours):

@@ -114,8 +114,8 @@ def test_controlnet_and_adapter_residuals(name: str) -> None:
             assert len(extra.get("adapter_residuals", [])) == len(before)  # the caller's list is as it was
         with pytest.raises(InputError, match="down_residuals has 1 tensors, and the U-Net"):
             unet(**values, down_residuals=[middle])
-        with pytest.raises(InputError, match="1 tensors more than the U-Net has down blocks"):
-            unet(**values, adapter_residuals=[*per_block, middle.repeat(1, 1, 2, 2)])
+        with pytest.raises(InputError, match=r"adapter_residuals has \d tensors, and the U-Net takes \d at most"):
+            unet(**values, adapter_residuals=[*per_block, middle, middle])
 
 
 @pytest.mark.parametrize("name", NARROW)
