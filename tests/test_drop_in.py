@@ -121,6 +121,7 @@ def test_configurations_outside_the_core_run_the_stock_body(name: str, caplog: p
 def test_all_48_arguments_and_every_layer_are_what_tools_look_for() -> None:
     stock, ours = random_pair(NARROW["sdxl"])
     assert isinstance(ours, Stock) and dict(ours.config) == dict(stock.config)
+    assert type(ours) == Stock and type(ours) in (nn.Linear, Stock) and type(ours) != nn.Module  # noqa: E721
     for (name, theirs), (own_name, own) in zip(stock.named_modules(), ours.named_modules(), strict=True):
         assert own_name == name and isinstance(own, type(theirs)) and type(own).__name__ == type(theirs).__name__
     assert list(ours.attn_processors) == list(stock.attn_processors)

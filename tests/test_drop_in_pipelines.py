@@ -346,12 +346,13 @@ TEXT, IMAGE, INPAINTING = (
         ("inpaint, 4 channels", TEXT, "text-to-image", {}),
         ("text-to-image", TEXT, "PAG", {"enable_pag": True}),
         ("text-to-image", TEXT, "ControlNet", {"controlnet": True}),
+        ("text-to-image", diffusers.StableDiffusionImg2ImgPipeline, "image-to-image", {}),
         ("XL", IMAGE, "XL image-to-image", {}),
         ("XL image-to-image", INPAINTING, "XL inpaint", {}),
     ],
 )
 def test_one_pipeline_becomes_another(start: str, auto: Any, end: str, options: dict[str, Any]) -> None:
-    """`AutoPipeline...from_pipe` takes the U-Net along, and draws as the pipeline it makes draws with stock's."""
+    """`from_pipe` takes the U-Net along, and the pipeline that it makes draws as the one with stock's."""
     target = CASES[end]()
     stock, ours = tiny.pair(target.unet, Ours)
     options = options | (with_controlnet(ours) if "controlnet" in options else {})
