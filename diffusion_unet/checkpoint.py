@@ -17,16 +17,16 @@ from .errors import InputError, SaveError
 MAX_JSON_BYTES = 1 << 20
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file of at most 1 MB.
+def read_json(path: str | Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes (1 MB).
 
     Raises:
         InputError: the file is missing, too large, no JSON, or its top level is no object.
     """
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path}: over {MAX_JSON_BYTES} bytes, too large for a configuration")
+        if path.stat().st_size > limit:
+            raise InputError(f"{path}: over {limit} bytes, too large for a configuration")
         value = json.loads(path.read_bytes())
     except InputError:
         raise
@@ -124,7 +124,7 @@ def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors, whole or not at all; errors as of `write_bytes`."""
-    plain = {key: tensor.detach().to("cpu", memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with _replacing(Path(path), sum(tensor.nbytes for tensor in plain.values())) as temporary:
         save_file(plain, temporary, dict(metadata or {}))
 

@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffusion_unet import __version__, sibling
-from diffusion_unet.arguments import Parser, command, finite, seeds, size, split_overrides, steps, suggest, whole
+from diffusion_unet import __version__, options, sibling
+from diffusion_unet.arguments import Parser, command, split_overrides, suggest
 from diffusion_unet.errors import Failure, InputError, SaveError
+from diffusion_unet.options import CONFIGS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from training.config import Config
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SOLVERS = ("dpm++2m", "ddim")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,10 +115,19 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    out = _export_run(
-        Path(arguments.source), Path(arguments.out), ema=arguments.ema, dtype=arguments.dtype, variant=arguments.variant
-    )
-    print(f'Model: {out}. Next: {command()} sample {_quote(out)} "a prompt" --seeds 0-7 --out out')
+    names = ("ema", "dtype", "variant", "layout")
+    out = _export_run(Path(arguments.source), Path(arguments.out), **{name: getattr(arguments, name) for name in names})
+    if (out / "model_index.json").is_file():
+        print(f'Model: {out}. Next: {command()} sample {_quote(out)} "a prompt" --seeds 0-7 --out out')
+    else:
+        print(f"Written: {out}")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    sibling("training")
+    from training.plotting import plot
+
+    print(f"Plot: {plot(Path(arguments.run_folder), arguments.out and Path(arguments.out))}")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -158,9 +166,18 @@ def _first_free(folder: Path) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    model = _load(arguments.model, arguments.device)
     settings = _drawing_settings(arguments)
-    print(json.dumps(_score(model, arguments.images_per_class, **settings), indent=2))
+    if arguments.prompts is None:
+        for name in ("references", "features", "clip", "classifier"):
+            if getattr(arguments, name) is not None:
+                raise InputError(f"--{name}: needs --prompts, a file with what is to be drawn")
+        model = _load(arguments.model, arguments.device)
+        scores = _score(model, arguments.images_per_class, **settings)
+    else:
+        scores = _score_prompts(arguments, **settings)
+    if arguments.card:
+        _write_scores(Path(arguments.model) / "README.md", scores)
+    print(json.dumps(scores, indent=2))
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -171,6 +188,11 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 # --- what the verbs take from both siblings
+
+
+def _drawing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("steps", "guidance_scale", "solver", "negative_prompt", "size", "batch_size")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _load(folder: str | Path, device: str | None = None) -> "DiffusionModel":
@@ -222,6 +244,14 @@ def _export_run(run: Path, out: Path, **settings: Any) -> Path:
     return export(run, out, **settings)
 
 
+def _settings() -> str:
+    """All settings of a training run, explained."""
+    sibling("training")
+    from training.config import help_text
+
+    return help_text()
+
+
 def _find_config(name: str) -> Path:
     """The file of this name; where there is none, the config of this name that comes along."""
     shipped = CONFIGS / f"{name}.yaml"
@@ -234,6 +264,47 @@ def _score(model: "DiffusionModel", images_per_class: int, **settings: Any) -> d
 
     scores = score_fashion(partial(_draw, model, paired=True, **settings), images_per_class)
     return {**scores, **{name: value for name, value in settings.items() if name != "batch_size"}}
+
+
+def _score_prompts(arguments: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+    sibling("training")
+    from training.features import Clip, classifier_network, feature_network
+    from training.scores import read_prompts, reference_images, score
+
+    prompts, labels = read_prompts(Path(arguments.prompts))
+    features = arguments.features and feature_network(arguments.features)
+    clip = arguments.clip and Clip.load(arguments.clip)
+    classifier = arguments.classifier and classifier_network(arguments.classifier)
+    if features is not None and arguments.references is None:
+        raise InputError("--features: needs --references, a folder of pictures to compare with")
+    if not (features or clip or classifier):
+        raise InputError("--prompts: needs a score: give --features and --references, --clip or --classifier")
+    model = _load(arguments.model, arguments.device)
+    references = reference_images(arguments.references, model) if arguments.references else ()
+    count = arguments.images or len(prompts)
+    rows = [row % len(prompts) for row in range(count)]
+    scores = score(
+        partial(_draw, model, paired=True, **settings),
+        [prompts[row] for row in rows],
+        list(range(count)),
+        references,
+        features=features,
+        clip=clip,
+        classifier=classifier,
+        labels=labels and [labels[row] for row in rows] if classifier else None,
+    )
+    named = {name: getattr(arguments, name) for name in ("features", "clip", "classifier") if getattr(arguments, name)}
+    return {**scores, **named, **{name: value for name, value in settings.items() if name != "batch_size"}}
+
+
+def _write_scores(card: Path, scores: dict[str, Any]) -> None:
+    sibling("training")
+    from diffusion_unet.checkpoint import write_bytes
+    from training.card import with_scores
+
+    if not card.is_file():
+        raise InputError(f"{card}: there is no card that scores could be written into; leave --card out")
+    write_bytes(card, with_scores(card.read_text(encoding="utf-8"), scores).encode())
 
 
 # --- parser
@@ -269,71 +340,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _define_drawing(parser: Parser) -> None:
-    parser.add_argument("--steps", type=steps, default=20, help="sampling steps (%(default)s)")
-    parser.add_argument(
-        "--guidance-scale", type=finite, default=4.0, help="classifier-free guidance; 1 is none (%(default)s)"
-    )
-    parser.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="%(choices)s (%(default)s)")
-    parser.add_argument("--negative-prompt", default="", help="what the pictures should not show (nothing)")
-    parser.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels (as trained)")
-    parser.add_argument("--batch-size", type=whole, default=16, help="pictures drawn at once (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
-
-
-def _drawing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("steps", "guidance_scale", "solver", "negative_prompt", "size", "batch_size")
-    return {name: getattr(arguments, name) for name in names}
-
-
-def _define_quickstart(parser: Parser) -> None:
-    parser.add_argument("--output-dir", default="runs/quickstart", help="folder for all that it makes (%(default)s)")
-
-
-def _define_train(parser: Parser) -> None:
-    sibling("training")
-    from training.config import help_text
-
-    parser.usage = "diffusion-unet train CONFIG [--section.key=value ...]"
-    shipped = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
-    parser.add_argument(
-        "config", metavar="CONFIG", help=f"YAML file with the sections below, or the name of one here: {shipped}"
-    )
-    parser.epilog = f"{parser.epilog}\n\nsettings, their defaults, and what they mean:\n\n{help_text()}"
-
-
-def _define_export(parser: Parser) -> None:
-    parser.add_argument("source", metavar="RUN", help="folder of a training run")
-    parser.add_argument("out", metavar="OUT", help="folder to write the model to")
-    parser.add_argument("--ema", metavar="NAME", help="which averaged weights (the run's own); none: the last weights")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="number format of the weights (fp32)")
-    parser.add_argument("--variant", help="word in the names of the weight files, such as fp16 (none)")
-
-
-def _define_sample(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder, as `export` writes it")
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw")
-    parser.add_argument("--seeds", type=seeds, default=[0], help="0-7 or 0,3: one picture of each prompt for each (0)")
-    _define_drawing(parser)
-    parser.add_argument("--out", default="out", help="folder for the pictures (%(default)s)")
-
-
-def _define_evaluate(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder, trained on the embedded photographs")
-    parser.add_argument("--images-per-class", type=whole, default=12, help="pictures of each noun (%(default)s)")
-    _define_drawing(parser)
-    parser.set_defaults(batch_size=60)  # small pictures
-
-
-def _define_info(parser: Parser) -> None:
-    parser.add_argument("path", metavar="PATH", help="model folder, run, checkpoint, weights, config or picture")
-
-
 VERBS = {
     "quickstart": _Verb(
         "train, export and draw with the embedded photographs of clothing (5 minutes on two CPU cores)",
         _quickstart,
-        _define_quickstart,
+        options.quickstart,
         """examples:
   diffusion-unet quickstart
   diffusion-unet quickstart --train.max_train_steps=50 --output-dir runs/short
@@ -344,7 +355,7 @@ VERBS = {
     "train": _Verb(
         "train a model on captioned images; a run that was stopped goes on where it was",
         _train,
-        _define_train,
+        lambda parser: options.train(parser, _settings()),
         """examples:
   diffusion-unet train configs/quickstart.yaml --train.output_dir=runs/mine --train.max_train_steps=200
   diffusion-unet train configs/emoji-32.yaml --optimizer.learning_rate=5e-4
@@ -354,31 +365,40 @@ VERBS = {
     "export": _Verb(
         "write a run's model as a diffusers folder",
         _export,
-        _define_export,
+        options.export,
         """examples:
   diffusion-unet export runs/quickstart model
-  diffusion-unet export runs/quickstart model --dtype fp16 --variant fp16""",
+  diffusion-unet export runs/quickstart model --dtype fp16 --variant fp16
+  diffusion-unet export runs/lora my-lora --layout kohya""",
+    ),
+    "plot": _Verb(
+        "draw the losses, rate and speed of a run as a PNG",
+        _plot,
+        options.plot,
+        """examples:
+  diffusion-unet plot runs/quickstart""",
     ),
     "sample": _Verb(
         "draw pictures from prompts",
         _sample,
-        _define_sample,
+        options.sample,
         """examples:
   diffusion-unet sample runs/quickstart/model "a photo of a sneaker" --seeds 0-7 --out out
   diffusion-unet sample runs/quickstart/model "a bag" "a coat" --steps 40 --guidance-scale 2 --solver ddim""",
     ),
     "evaluate": _Verb(
-        "prompt accuracy of a model of the embedded photographs, as JSON",
+        "scores of a model's pictures as JSON: prompt accuracy, KID, FID, CLIP score",
         _evaluate,
-        _define_evaluate,
+        options.evaluate,
         """examples:
   diffusion-unet evaluate runs/quickstart/model
-  diffusion-unet evaluate runs/quickstart/model --guidance-scale 2 --images-per-class 24""",
+  diffusion-unet evaluate runs/quickstart/model --guidance-scale 2 --images-per-class 24
+  diffusion-unet evaluate model --prompts prompts.txt --references photos --features clip-vit-b-32 --card""",
     ),
     "info": _Verb(
         "say what a file or folder is; nothing in it is run or unpickled",
         _info,
-        _define_info,
+        options.info,
         """examples:
   diffusion-unet info runs/quickstart/model
   diffusion-unet info out/00000-0.png

@@ -73,21 +73,36 @@ class LatentCodec:
             self._scale = scale
             self._shift = torch.tensor(float(getattr(config, "shift_factor", None) or 0.0))
 
-    @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """uint8 [B, H, W, 3] -> float32 [B, c, h, w], H = h * scale_factor.
+        """uint8 [B, H, W, 3] -> float32 [B, c, h, w], H = h * scale_factor: `moments`, then `sample`."""
+        return self.sample(self.moments(images), noise)
 
-        noise: standard normal [B, c, h, w], which picks one draw of the encoder's distribution; None takes its mean.
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> float32 [B, 2c, h, w], H = h * scale_factor: mean and log-variance of the latents.
+
+        Both in the autoencoder's own scale; the log-variance is kept within [-30, 20]. They do not depend on noise, and
+        may be computed once and kept. Raises InputError for pictures of another type or size.
         """
         _check_images(images, self.channels)
         if any(side % self.scale_factor for side in images.shape[1:3]):
             height, width = images.shape[1:3]
             raise InputError(f"pictures of {width}x{height}: the autoencoder needs multiples of {self.scale_factor}")
         x = images.movedim(-1, 1).to(self.vae.device, torch.float32) / 127.5 - 1
-        moments = self.vae.encode(x.to(self.vae.dtype)).latent_dist
-        z = moments.mean.float()
+        normal = self.vae.encode(x.to(self.vae.dtype)).latent_dist
+        return torch.cat([normal.mean, normal.logvar], dim=1).float()  # [B, 2c, h, w]
+
+    @torch.no_grad()
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """float32 [B, 2c, h, w] -> float32 [B, c, h, w]: latents in the network's scale, where `moments` are.
+
+        noise: standard normal [B, c, h, w], which picks one draw of the distribution; None takes its mean.
+        """
+        z, log_variance = moments.chunk(2, dim=1)  # [B, c, h, w] each
         if noise is not None:
-            z = z + moments.std.float() * noise.to(z)
+            # in the autoencoder's precision, which is where diffusers takes the exponential
+            std = (0.5 * log_variance.to(self.vae.dtype)).exp().float()
+            z = z + std * noise.to(z)
         return (z - self._shift.to(z)) * self._scale.to(z)
 
     @torch.no_grad()

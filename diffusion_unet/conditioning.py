@@ -1,4 +1,4 @@
-"""Text to conditioning: what the network is told besides the noisy picture and the noise level.
+"""Prompts to conditioning: what the network is told besides the noisy picture and the noise level.
 
 Shapes: B batch, L context length, D context width, P width of the pooled text.
 
@@ -6,7 +6,9 @@ The text encoder is CLIP's text transformer (Radford et al. 2021, section 2.4) o
 2016), as transformers' CLIPTextModel and CLIPTokenizer; both are imported only when an encoder is made or loaded.
 """
 
+import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,33 +17,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import cast, load_state, read_json, read_weights, write_bytes, write_json, write_safetensors
+from .clip import load_model, load_tokenizer, save_model, save_tokenizer, shorten
 from .errors import InputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ALPHABET = 256  # bytes; each is a token once inside a word and once ending it
-PREFIX = "text_model."  # of the keys in every published CLIP text encoder; newer transformers drop it in memory
-MAX_TOKENIZER_BYTES = 32 << 20
-
-# The fields of a CLIP text config that decide its numbers, with the type each must have.
-_CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
-    "vocab_size": (int,),
-    "hidden_size": (int,),
-    "intermediate_size": (int,),
-    "projection_dim": (int,),
-    "num_hidden_layers": (int,),
-    "num_attention_heads": (int,),
-    "max_position_embeddings": (int,),
-    "hidden_act": (str,),
-    "layer_norm_eps": (int, float),
-    "attention_dropout": (int, float),
-    "pad_token_id": (int,),
-    "bos_token_id": (int,),
-    "eos_token_id": (int,),
-}
-_SIZES = [name for name in _CONFIG_FIELDS if name.startswith(("vocab", "hidden_size", "inter", "proj", "num", "max"))]
-_MAX_SIZE = 1 << 20
-_MAX_LAYERS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +33,7 @@ class Conditioning:
     pooled        [B, P]     one vector for the whole text (SDXL)
     time_ids      [B, 6]     sizes and crop (SDXL)
     class_labels  [B] or [B, n]  class numbers, or vectors
+    extra         [B, c, H, W]   further input channels: a mask and what it leaves, or a picture to be changed
     """
 
     context: Tensor | None = None
@@ -60,6 +41,7 @@ class Conditioning:
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
     class_labels: Tensor | None = None
+    extra: Tensor | None = None
 
     def _present(self) -> dict[str, Tensor]:
         return {
@@ -75,8 +57,8 @@ class Conditioning:
         return Conditioning(**{name: value[rows] for name, value in self._present().items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
-        """On `device`; `context` and `pooled` in `dtype`. Tensors that are there already are the same objects."""
-        cast = {"context", "pooled"}
+        """On `device`; `context`, `pooled` and `extra` in `dtype`. Tensors that are there are the same objects."""
+        cast = {"context", "pooled", "extra"}
         return Conditioning(
             **{
                 name: value.to(device=device, dtype=dtype if name in cast else None)
@@ -95,11 +77,68 @@ class Conditioning:
         return Conditioning(**{name: torch.cat([values[name] for values in present]) for name in present[0]})
 
 
-class TextEncoder(nn.Module):
+def size_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """[6] float32: what SDXL is told of a picture's size, a row of `Conditioning.time_ids`.
+
+    (height, width) in pixels of the picture before it was resized, (top, left) of the crop in the resized picture,
+    (height, width) of the crop (Podell et al. 2023, arXiv:2307.01952, section 2.2).
+    """
+    return torch.tensor([*original, *crop, *target], dtype=torch.float32)
+
+
+class PromptEncoder(nn.Module, ABC):
+    """What a model reads prompts with: words (TextEncoder, prompts.DualTextEncoder) or names
+    of classes (prompts.ClassLabels).
+
+    width: the D of its context, None where it gives none; pooled_width: the P of its pooled text, None likewise;
+    max_length: tokens of a prompt. `encode([""])` is the null condition, that which guidance leads away from.
+    """
+
+    width: int | None = None
+    pooled_width: int | None = None
+    max_length: int
+
+    @property
+    def encoders(self) -> "dict[str, TextEncoder]":
+        """The text encoders within, by the sub-folder of a model's folder that holds their weights."""
+        return {}
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str], *, refuse_long: bool = False) -> tuple[Tensor, int]:
+        """ids [B, ...] (int64) of `captions`, for `forward`, and how many captions were cut to fit.
+
+        Raises InputError for a caption that does not fit, where `refuse_long`.
+        """
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of `prompts`, one row each; `encode([""])` is the null condition of guidance.
+
+        Raises InputError for a prompt that is longer than the encoder reads.
+        """
+        ids, _ = self.tokenize(prompts, refuse_long=True)
+        conditioning: Conditioning = self(ids)
+        return conditioning
+
+    @abstractmethod
+    def vocabulary(self) -> bytes:
+        """All that decides what a caption becomes, but for the weights."""
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of `vocabulary`; the weights are not part of it."""
+        return hashlib.sha256(self.vocabulary()).hexdigest()
+
+    @abstractmethod
+    def save(self, folder: Path | str, *, variant: str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Writes its sub-folders in `folder`. Raises InputError for a weight that overflows in `dtype`; SaveError."""
+
+
+class TextEncoder(PromptEncoder):
     """A tokenizer and the transformer that reads its tokens.
 
     tokenizer: transformers.CLIPTokenizer; model: transformers.CLIPTextModel. Raises InputError when they do not fit.
     """
+
+    width: int
 
     def __init__(self, tokenizer: Any, model: nn.Module):
         super().__init__()
@@ -112,7 +151,11 @@ class TextEncoder(nn.Module):
                 " take both from the same model"
             )
         self.max_length: int = min(tokenizer.model_max_length, config.max_position_embeddings)
-        self.width: int = config.hidden_size
+        self.width = config.hidden_size
+
+    @property
+    def encoders(self) -> "dict[str, TextEncoder]":
+        return {"text_encoder": self}
 
     def tokenize(self, captions: Sequence[str], *, refuse_long: bool = False) -> tuple[Tensor, int]:
         """Token ids [B, L] (int64), padded to the L the encoder reads, and how many captions were cut to fit.
@@ -128,7 +171,7 @@ class TextEncoder(nn.Module):
             if len(row) > self.max_length:
                 if refuse_long:
                     raise InputError(
-                        f"the prompt {_shorten(captions[i])} takes {len(row)} tokens, the text encoder reads"
+                        f"the prompt {shorten(captions[i])} takes {len(row)} tokens, the text encoder reads"
                         f" {self.max_length}: shorten it"
                     )
                 cut += 1
@@ -144,35 +187,21 @@ class TextEncoder(nn.Module):
         device = next(self.model.parameters()).device
         return Conditioning(context=self.model(ids.to(device)).last_hidden_state)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of `prompts`, one row each; `encode([""])` is the null condition of guidance.
-
-        Raises InputError for a prompt that is longer than the encoder reads.
-        """
-        ids, _ = self.tokenize(prompts, refuse_long=True)
-        conditioning: Conditioning = self(ids)
-        return conditioning
+    def vocabulary(self) -> bytes:
+        text: str = self.tokenizer.backend_tokenizer.to_str()
+        return text.encode()
 
     def save(self, folder: Path | str, *, variant: str | None = None, dtype: torch.dtype | None = None) -> None:
         """Writes `text_encoder/` and `tokenizer/` in `folder`, each for the stock class of its name.
 
-        The keys are those of the published checkpoints, and the vocabulary is written as `vocab.json` and `merges.txt`
-        besides `tokenizer.json`, so that transformers of every age, and other programs, read them.
-
         Raises InputError for a weight that does not fit in `dtype`; SaveError.
         """
-        folder = Path(folder)
-        weights = cast(self.model.state_dict(), dtype, "the text encoder")
-        tensors = {PREFIX + key.removeprefix(PREFIX): value for key, value in weights.items()}
-        config: Any = self.model.config
-        settings = {name: getattr(config, name) for name in _CONFIG_FIELDS}
-        stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        settings |= {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": stored}
-        name = f"model.{variant}.safetensors" if variant else "model.safetensors"
-        write_safetensors(folder / "text_encoder" / name, tensors, {"format": "pt"})
-        write_json(folder / "text_encoder" / "config.json", settings)
-        for path, data in _tokenizer_files(self.tokenizer).items():
-            write_bytes(folder / "tokenizer" / path, data)
+        self.save_as(Path(folder), "", variant, dtype)
+
+    def save_as(self, folder: Path, end: str, variant: str | None, dtype: torch.dtype | None) -> None:
+        """`save`, with `end` behind the names of the sub-folders."""
+        save_model(self.model, folder / f"text_encoder{end}", variant=variant, dtype=dtype)
+        save_tokenizer(self.tokenizer, folder / f"tokenizer{end}")
 
     @classmethod
     def load(cls, folder: Path | str, *, variant: str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -180,9 +209,8 @@ class TextEncoder(nn.Module):
 
         Raises InputError when a file is missing, damaged, or of another architecture.
         """
-        folder = Path(folder)
-        tokenizer = _load_tokenizer(folder / "tokenizer")
-        model = _load_model(folder / "text_encoder", variant)
+        tokenizer = load_tokenizer(Path(folder, "tokenizer"))
+        model = load_model(Path(folder, "text_encoder"), variant)
         return cls(tokenizer, model.to(dtype=dtype) if dtype else model).eval()
 
 
@@ -255,85 +283,3 @@ def new_text_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TextEncoder(tokenizer, CLIPTextModel(config))
-
-
-def _shorten(text: str, limit: int = 60) -> str:
-    return ascii(text) if len(text) <= limit else ascii(text[:limit]) + "..."
-
-
-def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"])]
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": tokenizer.model_max_length,
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-        "pad_token": tokenizer.pad_token,
-        "unk_token": tokenizer.unk_token,
-    }
-    texts = {
-        "tokenizer.json": tokenizer.backend_tokenizer.to_str(),
-        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
-        "merges.txt": "\n".join(merges) + "\n",
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-    }
-    return {name: text.encode() for name, text in texts.items()}
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    files = [path for path in folder.glob("*") if path.is_file()]
-    names = {path.name for path in files}
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        raise InputError(f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and merges.txt, are needed")
-    for path in files:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise InputError(f"{path} is larger than {MAX_TOKENIZER_BYTES >> 20} MB: no CLIP tokenizer is")
-    settings = read_json(folder / "tokenizer_config.json")
-    if settings.get("tokenizer_class") not in {"CLIPTokenizer", "CLIPTokenizerFast"}:
-        raise InputError(f"{folder} holds a {settings.get('tokenizer_class')!a}: a CLIPTokenizer is needed")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer(["a"])
-    except Exception as error:  # whatever its parsers raise, the file is what is wrong
-        raise InputError(f"{folder} cannot be read as a CLIP tokenizer: {_shorten(str(error), 120)}") from error
-    return tokenizer
-
-
-def _load_model(folder: Path, variant: str | None) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(**_text_settings(folder / "config.json"))
-    tensors, path = read_weights(folder, "model", variant)
-    found = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    found.pop("embeddings.position_ids", None)  # files of 2022 hold this constant
-    with torch.device("meta"):
-        model = CLIPTextModel(config)
-    inner = getattr(model, PREFIX.rstrip("."), model)
-    load_state(inner, found, path)
-    inner.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
-    return model
-
-
-def _text_settings(path: Path) -> dict[str, Any]:
-    """The fields of a CLIP text config that are known here, their types and sizes checked; the others are left out."""
-    raw = read_json(path)
-    kind = raw.get("architectures") or ["CLIPTextModel"]
-    if raw.get("model_type") not in {None, "clip_text_model"} or kind != ["CLIPTextModel"]:
-        raise InputError(f"{path} describes {_shorten(str(kind))}: a CLIPTextModel is needed")
-    settings = {name: raw[name] for name in _CONFIG_FIELDS if raw.get(name) is not None}
-    for name, value in settings.items():
-        limit = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
-        if type(value) not in _CONFIG_FIELDS[name]:
-            raise InputError(f"{path}: {name} is {_shorten(str(value))}, of the wrong type")
-        if name != "hidden_act" and not (1 if name in _SIZES else 0) <= value <= limit:
-            raise InputError(f"{path}: {name} is {value!s:.60}: up to {limit} can be worked with")
-        if float in _CONFIG_FIELDS[name]:
-            settings[name] = float(value)
-    if settings.get("hidden_act", "quick_gelu") not in {"quick_gelu", "gelu"}:
-        raise InputError(f"{path}: hidden_act is {_shorten(settings['hidden_act'])}: quick_gelu or gelu is needed")
-    if settings.get("hidden_size", 512) % settings.get("num_attention_heads", 8):
-        raise InputError(f"{path}: hidden_size is no multiple of num_attention_heads")
-    return settings

@@ -44,23 +44,23 @@ class Denoiser:
             timestep = float(scaling.c_noise)
         network_dtype = next(self.unet.parameters(), x).dtype
         context, inputs = _inputs(conditioning)
+        inputs |= {} if cache is None else {"cache": cache}
+        scaled = (match_shape(scaling.c_in, x) * x).to(network_dtype)
         if conditioning is not None:
             inputs["context_mask"] = conditioning.mask
-        if cache is not None:
-            inputs["cache"] = cache
-        return self.unet((match_shape(scaling.c_in, x) * x).to(network_dtype), timestep, context, **inputs).to(x.dtype)
+            if conditioning.extra is not None:
+                scaled = torch.cat([scaled, conditioning.extra.to(network_dtype)], dim=1)
+        return self.unet(scaled, timestep, context, **inputs).to(x.dtype)
 
     def precompute(self, sigmas: Sequence[float], conditioning: "Conditioning | None" = None) -> Any:
         """What the network needs once per trajectory rather than once per step; None where it offers no such thing.
 
         The conditioning must then be passed on as it is: the cache belongs to its tensors, not to their values.
         """
-        precompute = getattr(self.unet, "precompute", None)
-        if precompute is None:
-            return None
         timesteps = [float(self.schedule.timestep(sigma)) for sigma in sigmas]
         context, inputs = _inputs(conditioning)
-        return precompute(context, timesteps, **inputs)
+        precompute: Any = getattr(self.unet, "precompute", None)
+        return precompute and precompute(context, timesteps, **inputs)
 
 
 def _inputs(conditioning: "Conditioning | None") -> tuple[Tensor | None, dict[str, Tensor | None]]:

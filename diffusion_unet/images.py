@@ -6,16 +6,19 @@ Arrays are uint8 [H, W, C], C = 1 (grey) or 3 (sRGB).
 import io
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from .checkpoint import write_bytes
 from .errors import InputError
+
+T = TypeVar("T")
 
 # Named, so that no file reaches a decoder that runs another program (EPS) or was not meant for pictures at all.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -33,6 +36,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 _A1111_SAMPLERS = {"ddim": "DDIM", "dpm++2m": "DPM++ 2M"}
 
 
@@ -47,15 +51,28 @@ def open_image(
     source: a path, or the bytes of a file, which errors then call `name`. Raises InputError, naming the file, when it
     is missing, not decodable, truncated, animated, or larger than MAX_PIXELS.
     """
+    name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    data = source if isinstance(source, bytes) else _read(Path(source), name)
+    return _guarded(name, lambda: _decode(data, background).convert("RGB" if channels == 3 else "L"))
+
+
+def image_size(source: Path | str | bytes, *, name: str | None = None) -> tuple[int, int]:
+    """(W, H) of the picture that `open_image` gives, from the header of its file: no pixel is decoded.
+
+    Arguments and errors as of `open_image`, but that damage after the header passes unseen."""
+    name = name or ("the picture" if isinstance(source, bytes) else str(source))
     if isinstance(source, bytes):
-        name, data = name or "the picture", source
-    else:
-        name = name or str(source)
-        data = _read(Path(source), name)
+        return _guarded(name, lambda: _measure(io.BytesIO(source)))
+    with _opened(Path(source), name) as file:
+        return _guarded(name, lambda: _measure(file))
+
+
+def _guarded(name: str, work: Callable[[], T]) -> T:
+    """What `work` returns; what decoders raise, as an InputError."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # a fault is raised below, the rest is not for a person
-            return _decode(data, background).convert("RGB" if channels == 3 else "L")
+            return work()
     except Image.DecompressionBombError:
         raise InputError(f"{name} has more than {MAX_PIXELS} pixels: make it smaller") from None
     except Exception as error:  # decoders raise nearly everything on a damaged file
@@ -186,26 +203,26 @@ def _wrap(text: str, font: Any, width: int) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path, name: str) -> bytes:
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[BinaryIO]:
     if not path.is_file():  # nor a pipe, which would be waited on for ever
         raise InputError(f"{name} is no file")
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            yield file
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def _read(path: Path, name: str) -> bytes:
+    with _opened(path, name) as file:
+        return file.read()
 
 
 def _decode(data: bytes, background: tuple[int, int, int]) -> Image.Image:
     """Mode "RGB". Raises whatever the decoders raise."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        if (
-            image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-        ):  # a phone's MPO has a preview behind its picture
-            raise ValueError(f"it holds {image.n_frames} pictures; one is needed")  # type: ignore[attr-defined]
-        if image.mode == "RGB" and "transparency" in image.info and "16" in str(image.tile):
-            raise ValueError("16-bit colour with one colour declared transparent: save it with an alpha channel")
+        _check_header(image)
         image.load()
         orientation = _orientation(image)
         base, alpha = _split(image)
@@ -217,10 +234,50 @@ def _decode(data: bytes, background: tuple[int, int, int]) -> Image.Image:
         return base.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else base
 
 
+def _measure(file: BinaryIO) -> tuple[int, int]:
+    """(W, H), upright. Raises whatever the decoders raise."""
+    with Image.open(file, formats=FORMATS) as image:
+        _check_header(image)
+        width, height = image.size
+        if image.format == "TIFF":  # whose size Pillow gives upright or as it is stored, by its version
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
+        orientation = _orientation_behind(file) if image.format == "PNG" else _orientation(image)
+        return (height, width) if orientation in _SIDEWAYS else (width, height)
+
+
+def _check_header(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a phone's MPO has a preview behind its picture
+        raise ValueError(f"it holds {image.n_frames} pictures; one is needed")  # type: ignore[attr-defined]
+    if image.mode == "RGB" and "transparency" in image.info and "16" in str(getattr(image, "tile", "")):
+        raise ValueError("16-bit colour with one colour declared transparent: save it with an alpha channel")
+
+
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        # The base class's method: PNG's own decodes the pixels, to see what stands behind them.
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block tells no orientation; the pixels are whole
+        return 1
+
+
+def _orientation_behind(file: BinaryIO) -> int:
+    """The orientation of a PNG, whose EXIF block may stand behind the pixels: these are left out, and it is read."""
+    file.seek(0)
+    chunks = [file.read(8)]
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        length = int.from_bytes(head[:4], "big") + 4
+        if head[4:] in (b"IDAT", b"fdAT"):
+            file.seek(length, io.SEEK_CUR)
+        else:
+            chunks.append(head + file.read(length))
+    empty = b"\0\0\0\0IDAT\x35\xaf\x06\x1e"  # where Pillow stops, its CRC with it
+    try:
+        with Image.open(io.BytesIO(b"".join([*chunks, empty])), formats=["PNG"]) as image:
+            return _orientation(image)
+    except Exception:  # damage behind the pixels, which tells no orientation either
         return 1
 
 

@@ -54,7 +54,7 @@ def _model(path: Path) -> dict[str, Any]:
     from .checkpoint import read_json
 
     facts: dict[str, Any] = {"kind": "model folder", "class": read_json(path / "model_index.json").get("_class_name")}
-    for name in ("unet", "text_encoder", "vae"):
+    for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
         if (path / name).is_dir():
             facts[name] = ", ".join(f"{key} {value}" for key, value in _part(path / name).items())
     shown = {

@@ -1,10 +1,10 @@
 """A whole model: network, noise schedule, text encoder, codec; saved and loaded as a diffusers folder.
 
-    model_index.json  unet/  scheduler/  text_encoder/  tokenizer/  vae/  README.md
+    model_index.json  unet/  scheduler/  text_encoder/  tokenizer/  text_encoder_2/  tokenizer_2/  vae/  README.md
 
-Each sub-folder is what the stock class of its name writes and reads. A model with an autoencoder is a
-StableDiffusionPipeline; one that works on pixels is a PixelTextToImagePipeline (pipeline.py), and its model_index.json
-also holds `pixel_mean` and `pixel_std`.
+Each sub-folder is what the stock class of its name writes and reads. A model with an autoencoder is one of the
+pipelines of Stable Diffusion (model_index.py); one that works on pixels is a PixelTextToImagePipeline (pipeline.py),
+and its model_index.json also holds `pixel_mean`, `pixel_std`, and the `class_names` where it has classes.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,31 +22,25 @@ import torch
 
 from .checkpoint import load_state, read_json, write_bytes, write_json
 from .codec import LatentCodec, PixelCodec
-from .conditioning import TextEncoder
+from .conditioning import PromptEncoder, TextEncoder
 from .denoiser import Denoiser
 from .errors import InputError, SaveError
+from .model_index import INDEX, PARTS, PIPELINES, PIXELS, index_of, read_index, task_of
+from .prompts import ClassLabels, DualTextEncoder
 from .schedule import NoiseSchedule
 from .unet import UNet
-
-INDEX = "model_index.json"
-PIXELS, LATENTS = "PixelTextToImagePipeline", "StableDiffusionPipeline"
-PARTS = frozenset((INDEX, "unet", "scheduler", "text_encoder", "tokenizer", "vae", "README.md", "grid.png"))
-
-# What each part may be. Names in a file are compared with these, never imported.
-Known = tuple[list[Any], ...]
-_UNET: Known = (["diffusers", "UNet2DConditionModel"],)
-_VAE: Known = (["diffusers", "AutoencoderKL"],)
-_TEXT: Known = (["transformers", "CLIPTextModel"],)
-_TOKENIZER: Known = (["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"])
 
 
 @dataclass
 class DiffusionModel:
-    """Everything that drawing from a prompt needs. `text` is None where the network is not conditioned on text."""
+    """Everything that drawing from a prompt needs. `text` is None where the network is conditioned on nothing.
+
+    Raises InputError, at construction, for parts that are not of one model.
+    """
 
     unet: UNet
     schedule: NoiseSchedule
-    text: TextEncoder | None
+    text: PromptEncoder | None
     codec: PixelCodec | LatentCodec
 
     def __post_init__(self) -> None:
@@ -60,6 +53,44 @@ class DiffusionModel:
         channels = self.codec.latent_channels if isinstance(self.codec, LatentCodec) else self.codec.channels
         if self.unet.config.out_channels != channels:
             raise InputError(f"the U-Net predicts {self.unet.config.out_channels} channels, the codec has {channels}")
+        if isinstance(self.codec, LatentCodec) and width is None:
+            raise InputError("a model on latents is drawn from text alone: give it a text encoder, or train on pixels")
+        self._check_embeddings()
+
+    def _check_embeddings(self) -> None:
+        """That the pooled text and the classes are those which the U-Net adds to its time embedding."""
+        config, pooled = self.unet.config, self.text and self.text.pooled_width
+        added = config.projection_class_embeddings_input_dim if config.addition_embed_type else None
+        taken = None if added is None else added - 6 * (config.addition_time_embed_dim or 0)  # six sizes
+        if pooled != taken:
+            given = "no text encoder that gives one" if pooled is None else f"a text encoder that gives one of {pooled}"
+            wants = "no pooled text" if taken is None else f"a pooled text of width {taken} and six sizes"
+            raise InputError(f"the U-Net takes {wants}, and there is {given}: use those of one model")
+        classes = config.num_class_embeds if config.class_embed_type is None else None
+        names = self.class_names
+        if classes != (None if names is None else len(names) + 1):
+            given = "no class names" if names is None else f"{len(names)} class names"
+            raise InputError(
+                f"the U-Net has {classes or 'no'} classes, and there are {given}: num_class_embeds is one more than the"
+                " names, for the null class"
+            )
+
+    @property
+    def task(self) -> str:
+        """What it draws from: "text-to-image", "inpaint" or "instruct-pix2pix". Raises InputError for others."""
+        task = task_of(self.unet.config)
+        if task is None:
+            channels = self.unet.config.in_channels
+            raise InputError(
+                f"the U-Net takes {channels} channels and predicts {self.unet.config.out_channels}: that is neither"
+                " text-to-image, inpainting nor InstructPix2Pix"
+            )
+        return task
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Of a class-conditional model; these are its prompts. The last of the U-Net's classes, null, has no name."""
+        return self.text.names if isinstance(self.text, ClassLabels) else None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -89,7 +120,7 @@ class DiffusionModel:
         settings = [self.unet.config.to_diffusers(), self.schedule.to_config(), pixels]
         digest.update(json.dumps(settings, sort_keys=True).encode())
         if self.text is not None:
-            digest.update(self.text.tokenizer.backend_tokenizer.to_str().encode())
+            digest.update(self.text.vocabulary())
         for part in (self.unet, self.text, vae):
             for key, value in sorted(part.state_dict().items()) if part is not None else ():
                 digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
@@ -112,9 +143,9 @@ class DiffusionModel:
         they are.
 
         Returns the folder. Raises InputError when `folder` is something else than a model folder or holds anything
-        else besides, or a weight does not fit `dtype`; SaveError when it cannot be written.
+        else besides, a weight does not fit `dtype`, or no pipeline would load it; SaveError when it cannot be written.
         """
-        folder = Path(folder)
+        folder, index = Path(folder), index_of(self)
         with _replaced(folder, PARTS.union(files or ())) as partial:
             _cast(self.unet, dtype).save_pretrained(partial / "unet", variant=variant)
             write_json(partial / "scheduler" / "scheduler_config.json", self.schedule.to_config())
@@ -126,55 +157,64 @@ class DiffusionModel:
                 write_bytes(partial / name, data)
             if card is not None:
                 write_bytes(partial / "README.md", card.encode())
-            write_json(partial / INDEX, self._index())
+            write_json(partial / INDEX, index)
         return folder
 
     @classmethod
     def load(
         cls,
-        folder: Path | str,
+        path: Path | str,
         *,
+        config: Path | str | None = None,
         variant: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """Reads a folder that `save` wrote, or a text-to-image folder of Stable Diffusion 1.x or 2.x, in eval mode.
+        """Reads a folder that `save` wrote, or one of Stable Diffusion 1.x, 2.x or XL, in eval mode.
+
+        path: the folder, or a single .safetensors file in the original layout of these. config: for a single file
+        alone, a folder as above whose configs and tokenizers are those of the file; its weights are not read.
 
         dtype None keeps that of the files. Raises InputError, one line that names the file, when a part is missing,
         damaged, of another architecture, or of a class that is not known here. No code is taken from the folder.
         """
-        folder = Path(folder)
-        index = _read_index(folder)
-        text = None
-        if index.get("text_encoder", [None, None]) != [None, None]:
-            text = TextEncoder.load(folder, variant=variant, dtype=dtype)
-        unet = UNet.from_pretrained(folder, subfolder="unet", variant=variant, dtype=dtype)
-        settings = read_json(folder / "scheduler" / "scheduler_config.json")
+        path = Path(path)
+        if config is not None or path.suffix == ".safetensors":
+            from .original import load_original
+
+            model = cls(*load_original(path, config, dtype))
+            return model.to(device) if device is not None else model
+        index = read_index(path)
+        text = _load_text(path, index, variant, dtype)
+        unet = UNet.from_pretrained(path, subfolder="unet", variant=variant, dtype=dtype)
+        settings = read_json(path / "scheduler" / "scheduler_config.json")
         codec: PixelCodec | LatentCodec
         try:
             if index["_class_name"] == PIXELS:
                 codec = PixelCodec(unet.config.out_channels, float(index["pixel_mean"]), float(index["pixel_std"]))
             else:
-                codec = LatentCodec.load(folder / "vae", variant=variant, dtype=dtype)
+                codec = LatentCodec.load(path / "vae", variant=variant, dtype=dtype)
             model = cls(unet, NoiseSchedule.from_config(settings), text, codec)
         except InputError as error:
-            raise InputError(f"{folder}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
         return model.to(device) if device is not None else model
 
-    def _index(self) -> dict[str, Any]:
-        text = self.text is not None
-        index = {
-            "_class_name": PIXELS if isinstance(self.codec, PixelCodec) else LATENTS,
-            "_diffusers_version": version("diffusers"),
-            "scheduler": ["diffusers", self.schedule.to_config()["_class_name"]],
-            "text_encoder": _TEXT[0] if text else [None, None],
-            "tokenizer": _TOKENIZER[0] if text else [None, None],
-            "unet": _UNET[0],
-        }
-        if isinstance(self.codec, PixelCodec):
-            return index | {"pixel_mean": self.codec.mean, "pixel_std": self.codec.std}
-        unused = {key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")}
-        return index | {"vae": _VAE[0], "requires_safety_checker": False} | unused
+
+def _load_text(
+    folder: Path, index: dict[str, Any], variant: str | None, dtype: torch.dtype | None
+) -> PromptEncoder | None:
+    name = index["_class_name"]
+    if name in PIPELINES and PIPELINES[name].xl:
+        zeros = index.get("force_zeros_for_empty_prompt", True)
+        return DualTextEncoder.load(folder, zeros_for_empty=zeros, variant=variant, dtype=dtype)
+    if index.get("text_encoder", [None, None]) != [None, None]:
+        return TextEncoder.load(folder, variant=variant, dtype=dtype)
+    if name == PIXELS and index.get("class_names") is not None:
+        try:
+            return ClassLabels(list(index["class_names"].values()))
+        except InputError as error:
+            raise InputError(f"{folder / INDEX}: {error}") from None
+    return None
 
 
 def _context_width(unet: UNet) -> int | None:
@@ -185,33 +225,6 @@ def _context_width(unet: UNet) -> int | None:
     names = (*config.down_block_types, config.mid_block_type, *config.up_block_types)
     attends = any("CrossAttn" in (name or "") for name in names)
     return width if attends else None
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json, each known entry checked. Raises InputError."""
-    if not (folder / INDEX).is_file():
-        raise InputError(f"{folder} is no model: it holds no {INDEX}; give a folder that `diffusion-unet export` wrote")
-    path = folder / INDEX
-    index = read_json(path)
-    name = index.get("_class_name")
-    if name not in (PIXELS, LATENTS):
-        raise InputError(f"{path}: the class {ascii(name)[:80]} is not known here; {PIXELS} and {LATENTS} are")
-    expected = {"unet": _UNET, "text_encoder": _TEXT, "tokenizer": _TOKENIZER}
-    if name == LATENTS:
-        expected["vae"] = _VAE
-    else:
-        optional: Known = ([None, None],)
-        expected |= {"text_encoder": (*_TEXT, *optional), "tokenizer": (*_TOKENIZER, *optional)}
-        for key in ("pixel_mean", "pixel_std"):
-            value = index.get(key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
-                raise InputError(f"{path}: {key} is {ascii(value)[:80]}; a number, of values in [-1, 1], is needed")
-    for key, known in expected.items():
-        if index.get(key, [None, None]) not in known:
-            raise InputError(
-                f"{path}: {key} is {ascii(index.get(key))[:80]}; {' or '.join(map(str, known))} can be worked with"
-            )
-    return index
 
 
 def _cast(unet: UNet, dtype: torch.dtype | None) -> UNet:

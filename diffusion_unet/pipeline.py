@@ -12,15 +12,17 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .codec import PixelCodec
-from .conditioning import TextEncoder
+from .conditioning import Conditioning, PromptEncoder, TextEncoder
 from .errors import InputError
 from .images import to_image
+from .prompts import ClassLabels
 
 
 class PixelTextToImagePipeline(DiffusionPipeline):
-    """Text to picture without an autoencoder: a UNet2DConditionModel on pixels, any scheduler of diffusers.
+    """Text, or class, to picture without an autoencoder: a UNet2DConditionModel on pixels, any scheduler of diffusers.
 
     pixel_mean, pixel_std: of the training pictures' values in [-1, 1]; the network works on (value - mean) / std.
+    class_names: {"0": name of class 0, ...} of a network with classes, whose prompts these names are.
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
@@ -34,10 +36,11 @@ class PixelTextToImagePipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer | None = None,
         pixel_mean: float = 0.0,
         pixel_std: float = 0.5,
+        class_names: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(pixel_mean=pixel_mean, pixel_std=pixel_std)
+        self.register_to_config(pixel_mean=pixel_mean, pixel_std=pixel_std, class_names=class_names)
 
     @torch.no_grad()
     def __call__(
@@ -55,7 +58,7 @@ class PixelTextToImagePipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Pictures for `prompt`, prompt-major.
+        """Pictures for `prompt`, the name of a class for a network with classes; prompt-major.
 
         negative_prompt: what guidance leads away from, one for all or one for each prompt.
         guidance_scale: 1 and below is none.
@@ -63,7 +66,7 @@ class PixelTextToImagePipeline(DiffusionPipeline):
         latents: standard normal [B, C, H, W] to begin with instead of a draw from `generator`.
         output_type: "pil", or "np" for uint8 [B, H, W, C].
 
-        Raises InputError for a prompt that is too long, or arguments that do not fit together.
+        Raises InputError for a prompt that is too long or no class, or arguments that do not fit together.
         """
         if output_type not in ("pil", "np"):
             raise InputError(f"output_type is {output_type!r}: 'pil' or 'np' is known")
@@ -75,17 +78,18 @@ class PixelTextToImagePipeline(DiffusionPipeline):
             negatives = [negatives[0]] * len(prompts)
         if len(negatives) != len(prompts):
             raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-        guided = guidance_scale > 1 and self.text_encoder is not None
-        context = self._context(negatives + prompts if guided else prompts)
+        encoder, device = self._encoder(), self._execution_device
+        guided = guidance_scale > 1 and encoder is not None
+        given = self._conditioning(encoder, negatives + prompts if guided else prompts)
+        inputs = {"encoder_hidden_states": given.context, "class_labels": given.class_labels}
 
-        device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         x = self._start(len(prompts), height, width, generator, latents)
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for t in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(x, t)
             batch = torch.cat([scaled, scaled]) if guided else scaled
-            output = self.unet(batch.to(self.unet.dtype), t, encoder_hidden_states=context).sample.to(x.dtype)
+            output = self.unet(batch.to(self.unet.dtype), t, **inputs).sample.to(x.dtype)
             if guided:
                 away, towards = output.chunk(2)
                 output = away + guidance_scale * (towards - away)
@@ -97,14 +101,17 @@ class PixelTextToImagePipeline(DiffusionPipeline):
         images = [to_image(array) for array in pixels] if output_type == "pil" else pixels
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _context(self, texts: list[str]) -> Tensor | None:
-        if self.text_encoder is None:
+    def _encoder(self) -> PromptEncoder | None:
+        if self.text_encoder is not None:
+            return TextEncoder(self.tokenizer, self.text_encoder)
+        return ClassLabels(list(self.config.class_names.values())) if self.config.class_names else None
+
+    def _conditioning(self, encoder: PromptEncoder | None, texts: list[str]) -> Conditioning:
+        if encoder is None:
             if any(texts):
                 raise InputError("this model takes no text: leave the prompt empty")
-            return None
-        context = TextEncoder(self.tokenizer, self.text_encoder).encode(texts).context
-        assert context is not None
-        return context.to(self.unet.dtype)
+            return Conditioning()
+        return encoder.encode(texts).to(self._execution_device, self.unet.dtype)
 
     def _start(
         self,

@@ -30,6 +30,9 @@ class Purpose(IntEnum):
     NOISE = 5
     SIGMA = 6
     PICTURE = 7
+    BATCH = 8
+    TAGS = 9
+    MASK = 10
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -63,9 +66,9 @@ def normal(seed: int, purpose: Purpose, indices: Sequence[int] | int, shape: Seq
     return torch.from_numpy(pairs).reshape(len(words), words.shape[1])[:, :n].reshape(len(words), *shape)
 
 
-def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """int64 [n]: the order of epoch `epoch` over n images, every order equally likely."""
-    return torch.argsort(uniform(seed, Purpose.ORDER, epoch, n)[0], stable=True)
+def permutation(seed: int, epoch: int, n: int, stream: int = 0) -> Tensor:
+    """int64 [n]: the order of epoch `epoch` of a stream of n images, every order equally likely."""
+    return torch.argsort(uniform(seed, Purpose.ORDER, epoch, n, draw=stream)[0], stable=True)
 
 
 def _words(seed: int, purpose: Purpose, indices: Sequence[int] | int, blocks: int, draw: int) -> np.ndarray:

@@ -115,7 +115,7 @@ class NoiseSchedule:
 
         `shift` multiplies the sigmas of the sampling steps (arXiv:2403.03206, section 5.3.2); above 1 for large images.
         """
-        model = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": T}
+        model = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": T, "steps_offset": 1}
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
         return cls.from_config(model | flow)
 
@@ -288,7 +288,7 @@ def _betas(values: Mapping[str, Any], T: int) -> Tensor:
 
 
 def _float64(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value).detach().to("cpu", torch.float64)
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
 def match_shape(value: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B pictures of a batch, C H W in the network's space.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusion_unet.conditioning import size_ids
 from diffusion_unet.errors import InputError
 from diffusion_unet.images import to_image
+from diffusion_unet.model_index import task_of
 from diffusion_unet.random import Purpose, normal
 
 from .guidance import Guidance, GuidedDenoiser
@@ -65,8 +67,8 @@ def sample(
 
     Args:
         model: on any device; its weights may be float32, bfloat16 or float16.
-        prompts: None for a network without text, which then draws one picture a seed, and for which guidance, having no
-            second half, changes nothing.
+        prompts: names of classes for a network that has these. None for a network without either, which then draws
+            one picture a seed, and for which guidance, having no second half, changes nothing.
         seeds: whole numbers from 0 to 2**64 - 1. A seed gives the same picture (to 1/255) in every batch.
         steps: network evaluations a picture, twice as many passes where guided.
         guidance_scale: classifier-free guidance; 1 is none, and costs half.
@@ -131,8 +133,8 @@ def make_plan(
     config = model.unet.config
     if config.in_channels != config.out_channels:
         raise InputError(
-            f"the network takes {config.in_channels} channels and predicts {config.out_channels}: it needs a picture to"
-            " start from (inpainting, depth or upscaling), which is not drawn from a prompt alone"
+            f"the network takes {config.in_channels} channels and predicts {config.out_channels}:"
+            f" {task_of(config) or 'it'} needs a picture to start from, which is not drawn from a prompt alone"
         )
     levels = sigmas(schedule, steps, spacing)
     return Plan(
@@ -192,7 +194,12 @@ def _conditioning(
         return None, None
     like = next(model.unet.parameters())
     texts = list(dict.fromkeys([*prompts, plan.negative_prompt]))
-    encoded = model.text.encode(texts).to(like.device, like.dtype)
+    encoded = model.text.encode(texts)
+    if model.unet.config.addition_embed_type == "text_time":
+        height, width = (side * model.codec.scale_factor for side in plan.shape[1:])
+        whole = size_ids((height, width), (0, 0), (height, width))
+        encoded = replace(encoded, time_ids=whole.expand(len(texts), -1))
+    encoded = encoded.to(like.device, like.dtype)
     conditional = encoded[[texts.index(prompt) for prompt in prompts]]
     return conditional, encoded[[texts.index(plan.negative_prompt)] * len(prompts)]
 

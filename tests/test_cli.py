@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_unet import arguments, cli
+from diffusion_unet import arguments, cli, options
 from diffusion_unet.arguments import seeds, size, split_overrides
 from diffusion_unet.codec import PixelCodec
 from diffusion_unet.conditioning import new_text_encoder, train_tokenizer
@@ -110,7 +110,7 @@ def test_the_solvers_and_limits_are_those_of_sampling() -> None:
     from sampling.sampler import MAX_SIDE
     from sampling.solvers import MAX_STEPS, SOLVERS
 
-    assert set(cli.SOLVERS) == set(SOLVERS)
+    assert set(options.SOLVERS) == set(SOLVERS)
     assert (arguments.MAX_STEPS, arguments.MAX_SIDE) == (MAX_STEPS, MAX_SIDE)
 
 
@@ -125,7 +125,8 @@ def test_a_config_that_comes_along_is_found_by_its_name(
     assert cli._find_config("quickstart") == Path("quickstart")
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    assert "emoji-32, quickstart" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "emoji-32, latents-clip" in shown and "sdxl-lora" in shown
 
 
 # --- errors

@@ -86,6 +86,31 @@ def test_latents_are_those_of_diffusers(options: dict[str, object]) -> None:
     assert got.dtype == np.uint8 and np.abs(got / 255 - decoded).max() <= 0.51 / 255
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_moments_are_kept_and_sampled_later(dtype: torch.dtype) -> None:
+    stock = vae(scaling_factor=1.5, shift_factor=0.1)
+    with torch.no_grad():  # an untrained one has no log-variance that is cut off
+        stock.quant_conv.weight[4:] *= 300
+    stock.to(dtype)
+    codec = LatentCodec(stock)
+    images = pictures(3, 16, 24, 3)
+    images[1, 4:12, 8:20] = 127  # grey where it is to be painted
+    with torch.no_grad():
+        given = stock.encode((images.movedim(-1, 1).float() / 127.5 - 1).to(dtype)).latent_dist
+    moments = codec.moments(images)
+    assert moments.dtype == torch.float32 and moments.shape == (3, 8, 8, 12) and not moments.requires_grad
+    assert torch.equal(moments, torch.cat([given.mean, given.logvar], 1).float())
+    assert moments[:, 4:].min() == -30 and moments[:, 4:].max() == 20  # far beyond in the encoder's last layer
+    noise = torch.randn(3, 4, 8, 12)
+    for row, x in ((None, given.mean.float()), (noise, given.mean.float() + given.std.float() * noise)):
+        latents = codec.sample(moments, row)
+        assert latents.dtype == torch.float32 and torch.equal(latents, (x - 0.1) * 1.5)
+        assert torch.equal(latents, codec.encode(images, row))
+    for bad in (pictures(1, 7, 8, 3), pictures(1, 8, 8, 1)):
+        with pytest.raises(InputError):
+            codec.moments(bad)
+
+
 def test_latent_codec_is_saved_and_loaded(tmp_path: Path) -> None:
     codec = LatentCodec(vae(scaling_factor=0.5))
     codec.save(tmp_path / "vae")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from diffusion_unet.errors import InputError, SaveError
-from diffusion_unet.images import RECORD, grid, open_image, parameters, save_png, to_array, to_image
+from diffusion_unet.images import RECORD, grid, image_size, open_image, parameters, save_png, to_array, to_image
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -262,6 +262,54 @@ def test_to_array_keeps_what_fits_and_never_enlarges_what_is_cropped_away() -> N
     assert strip.shape == (512, 512, 1) and (strip == 7).all()
     with pytest.raises(InputError, match="cannot be"):
         to_array(Image.fromarray(RGB), 0)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000", "PPM"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+def test_image_size_is_that_of_the_upright_picture(
+    form: str, orientation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(RGB), form, **({"exif": exif} if form in ("PNG", "JPEG", "WEBP", "TIFF") else {}))
+    (tmp_path / "a.image").write_bytes(data)
+    size = open_image(data).size
+    assert size == ((6, 9) if orientation > 4 and form in ("PNG", "JPEG", "WEBP", "TIFF") else (9, 6))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert image_size(data) == image_size(tmp_path / "a.image") == size
+
+
+@pytest.mark.parametrize("kind", ["EXIF", "XMP"])
+def test_image_size_heeds_an_orientation_behind_the_pixels(kind: str) -> None:
+    rows = b"".join(b"\0" + row.tobytes() for row in RGB)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+    late = chunk(b"eXIf", exif.tobytes()[6:])
+    if kind == "XMP":
+        late = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+    whole = png((9, 6, 8, 2), rows)
+    end = whole.index(b"IEND") - 4
+    data = whole[:end] + late + whole[end:]
+    assert open_image(data).size == image_size(data) == (6, 9)
+    assert image_size(whole[:end] + late[:-6]) == (9, 6)  # damage there turns nothing
+    assert image_size(whole) == open_image(whole).size == (9, 6)
+
+
+def test_image_size_refuses_what_its_header_shows(tmp_path: Path) -> None:
+    whole = encoded(Image.fromarray(RGB))
+    assert image_size(whole[: whole.index(b"IDAT") + 6]) == (9, 6)  # cut within the pixels
+    with pytest.raises(InputError, match="more than 134217728 pixels"):
+        image_size(png((12_000, 12_000, 8, 2), b""))
+    for form in ("GIF", "PNG", "WEBP", "TIFF"):
+        frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+        with pytest.raises(InputError, match="holds 2 pictures"):
+            image_size(encoded(frames[0], form, save_all=True, append_images=frames[1:]))
+    for source in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(InputError, match="is no file"):
+            image_size(source)
+    with pytest.raises(InputError, match=r"^row 7 cannot be used: no AVIF, .* file$"):
+        image_size(b"no picture", name="row 7")
 
 
 def test_to_image_and_back() -> None:

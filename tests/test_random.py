@@ -43,7 +43,7 @@ def test_the_address_of_a_number() -> None:
 
 
 def test_purposes_are_fixed_numbers() -> None:
-    names = ["ORDER", "CAPTION", "DROP", "CROP", "FLIP", "NOISE", "SIGMA", "PICTURE"]
+    names = ["ORDER", "CAPTION", "DROP", "CROP", "FLIP", "NOISE", "SIGMA", "PICTURE", "BATCH", "TAGS", "MASK"]
     assert {purpose.name: int(purpose) for purpose in Purpose} == {name: i for i, name in enumerate(names)}
 
 
@@ -94,7 +94,7 @@ def test_addresses_do_not_collide() -> None:
         for draw in (0, 1, 2, 2**24 - 1)
     ]
     values = torch.stack(parts).flatten()
-    assert len(values.unique()) == len(values) == 3 * 8 * 4 * 4 * 20
+    assert len(values.unique()) == len(values) == 3 * 11 * 4 * 4 * 20
 
 
 def test_permutation() -> None:

@@ -1,0 +1,86 @@
+"""What each verb of the command line takes: its arguments, their types, defaults and explanations."""
+
+from pathlib import Path
+
+from diffusion_unet.arguments import Parser, finite, seeds, size, steps, whole
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SOLVERS = ("dpm++2m", "ddim")
+
+
+def drawing(parser: Parser) -> None:
+    parser.add_argument("--steps", type=steps, default=20, help="sampling steps (%(default)s)")
+    parser.add_argument(
+        "--guidance-scale", type=finite, default=4.0, help="classifier-free guidance; 1 is none (%(default)s)"
+    )
+    parser.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="%(choices)s (%(default)s)")
+    parser.add_argument("--negative-prompt", default="", help="what the pictures should not show (nothing)")
+    parser.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels (as trained)")
+    parser.add_argument("--batch-size", type=whole, default=16, help="pictures drawn at once (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
+
+
+def quickstart(parser: Parser) -> None:
+    parser.add_argument("--output-dir", default="runs/quickstart", help="folder for all that it makes (%(default)s)")
+
+
+def train(parser: Parser, settings: str) -> None:
+    parser.usage = "diffusion-unet train CONFIG [--section.key=value ...]"
+    shipped = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+    parser.add_argument(
+        "config", metavar="CONFIG", help=f"YAML file with the sections below, or the name of one here: {shipped}"
+    )
+    parser.epilog = f"{parser.epilog}\n\nsettings, their defaults, and what they mean:\n\n{settings}"
+
+
+def export(parser: Parser) -> None:
+    parser.add_argument("source", metavar="RUN", help="folder of a training run")
+    parser.add_argument("out", metavar="OUT", help="folder to write the model to")
+    parser.add_argument("--ema", metavar="NAME", help="which averaged weights (the run's own); none: the last weights")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="number format of the weights (fp32)")
+    parser.add_argument("--variant", help="word in the names of the weight files, such as fp16 (none)")
+    parser.add_argument(
+        "--layout",
+        choices=("diffusers", "kohya", "single-file"),
+        default="diffusers",
+        help="diffusers; kohya, for a LoRA; single-file, one .safetensors file of original keys (%(default)s)",
+    )
+
+
+def plot(parser: Parser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a training run")
+    parser.add_argument("--out", metavar="FILE", help="the PNG to write (RUN/plot.png)")
+
+
+def sample(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder, as `export` writes it")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw")
+    parser.add_argument("--seeds", type=seeds, default=[0], help="0-7 or 0,3: one picture of each prompt for each (0)")
+    drawing(parser)
+    parser.add_argument("--out", default="out", help="folder for the pictures (%(default)s)")
+
+
+def evaluate(parser: Parser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="model folder; without --prompts one of the embedded photographs"
+    )
+    parser.add_argument(
+        "--images-per-class", type=whole, default=12, help="without --prompts: pictures of each noun (%(default)s)"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help='.txt, one a line, or .jsonl of {"prompt": ..., "label": 4}')
+    parser.add_argument("--images", type=whole, metavar="N", help="pictures to draw, around the prompts (one of each)")
+    parser.add_argument("--references", metavar="FOLDER", help="real pictures, for FID and KID")
+    parser.add_argument(
+        "--features", metavar="NET", help="for FID and KID: fashion, folder of a CLIP model, or package.module:name"
+    )
+    parser.add_argument("--clip", metavar="FOLDER", help="folder of a CLIP model, for the CLIP score")
+    parser.add_argument(
+        "--classifier", metavar="NET", help="for prompt accuracy: fashion, or package.module:name giving logits"
+    )
+    parser.add_argument("--card", action="store_true", help="write the scores into the model's README.md, too")
+    drawing(parser)
+    parser.set_defaults(batch_size=60)  # small pictures
+
+
+def info(parser: Parser) -> None:
+    parser.add_argument("path", metavar="PATH", help="model folder, run, checkpoint, weights, config or picture")
