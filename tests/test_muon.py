@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from training.config import OptimizerConfig
-from training.engine import make_optimizer, moments
 from training.muon import MOMENTUM, Muon, orthogonalize
+from training.optimizer import make_optimizer, state_tensors
 
 
 def polar(matrix: torch.Tensor) -> torch.Tensor:
@@ -51,6 +51,7 @@ def parameters() -> dict[str, nn.Parameter]:
         "unet.mid_block.resnets.0.conv1.bias": (4,),
         "unet.conv_out.weight": (1, 4, 3, 3),
         "text.model.embeddings.weight": (6, 4),
+        "uncertainty.linear.weight": (1, 8),
     }
     return {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
 
@@ -67,7 +68,10 @@ def test_only_weights_between_the_first_and_the_last_layer_are_muons() -> None:
         1e-4: ["text.model.embeddings.weight"],
         0.01: ["unet.mid_block.resnets.0.conv1.weight"],
     }
-    kinds = {key.partition(".")[::2] for key in moments(optimizer, given)}
+    for parameter in given.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kinds = {key.partition(".")[::2] for key in state_tensors(optimizer, given)[0]}
     assert {kind for kind, name in kinds if name == "unet.mid_block.resnets.0.conv1.weight"} == {"step", "exp_avg"}
     assert {kind for kind, name in kinds if name == "unet.conv_in.weight"} == {"step", "exp_avg", "exp_avg_sq"}
 

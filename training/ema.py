@@ -1,22 +1,29 @@
 """Averages of the weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from .averages import parse
+
+
+def make_emas(names: Sequence[str], parameters: Mapping[str, Tensor]) -> list["EMA"]:
+    """An average of the parameters for each name, in order; the names as `averages.parse` takes them."""
+    return [EMA(parameters, name) for name in names]
+
 
 class EMA:
-    """An exponential moving average: average <- average + (1 - d_n) (parameter - average) after step n.
+    """A moving average: average <- average + (1 - d_n) (parameter - average) after step n; d_n by the name.
 
-    d_n = min(decay, (1 + n) / (10 + n)), so that the first steps, far from the end, are soon forgotten. `name` says
-    which average it is, in files and on the command line.
+    `name` says which average it is, in files and on the command line: "0.9999" (warmed), "constant-0.999" or
+    "power-0.05", as `averages.parse` explains. Raises InputError for another.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float):
-        self.name = f"{decay:g}"
-        self.decay = decay
+    def __init__(self, parameters: Mapping[str, Tensor], name: str):
+        self.name = name
+        self._decay = parse(name).decay
         self._names = list(parameters)
         self._live = list(parameters.values())
         self._average = [tensor.detach().clone() for tensor in self._live]
@@ -24,8 +31,7 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the parameters after optimizer step `step`, counted from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, [tensor.detach() for tensor in self._live], 1 - decay)
+        torch._foreach_lerp_(self._average, [tensor.detach() for tensor in self._live], 1 - self._decay(step))
 
     def state(self) -> dict[str, Tensor]:
         """The averages by the names of their parameters; the very tensors, not copies."""

@@ -5,12 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MOMENTUM = 0.95
 # Odd polynomials a s + b s^3 + c s^5 that take singular values towards 1 (coefficients by You Jiacheng for the first
 # three of five rounds). Two rounds more cost two fifths more of the optimizer's time and give the same loss.
 ROUNDS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037))
+# Layers that AdamW trains even where Muon trains the others, as its authors have it: the first, the last, embeddings.
+OUTER = tuple(
+    f"unet.{name}."
+    for name in ("conv_in", "conv_out", "time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj")
+)
+
+
+def inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a weight between the U-Net's hidden layers: neither what reads the inputs nor what writes the
+    output, and of two dimensions or more."""
+    return parameter.ndim >= 2 and name.startswith("unet.") and not name.startswith(OUTER)
 
 
 class Muon(torch.optim.AdamW):
