@@ -1,6 +1,10 @@
-"""The shipped configs: each loads, and builds its U-Net on the meta device, of the published size."""
+"""The shipped configs: each loads, and builds its U-Net on the meta device, of the published size.
+
+That each recipe trains is tested in test_recipes.py."""
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,22 +16,69 @@ from diffusion_unet.config import UNetConfig
 from diffusion_unet.errors import InputError
 from diffusion_unet.unet import UNet
 from training import emoji
-from training.config import load_config
-from training.data import EMBEDDED, inspect, open_source
+from training.config import load_config, settings
+from training.data import inspect
+from training.sources import EMBEDDED, open_source
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Parameters of the U-Nets of stable-diffusion-v1-5, stable-diffusion-2-1 and stable-diffusion-xl-base-1.0.
 PUBLISHED = {"sd15.json": 859_520_964, "sd21.json": 865_910_724, "sdxl.json": 2_567_463_684}
 
 
-def build(settings: dict[str, object]) -> UNet:
+PLACEHOLDER = "path/to/"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def build(config: dict[str, object]) -> UNet:
     with torch.device("meta"):
-        return UNet(UNetConfig.from_diffusers(settings))
+        return UNet(UNetConfig.from_diffusers(config))
 
 
-def test_every_config_is_tested_here() -> None:
-    training = {"quickstart.yaml", "emoji-32.yaml"}
-    assert {path.name for path in CONFIGS.iterdir() if path.is_file()} == PUBLISHED.keys() | training
+def test_every_config_is_tested() -> None:
+    files = {path.name for path in CONFIGS.iterdir() if path.is_file()}
+    assert files - {f"{name}.yaml" for name in RECIPES} == PUBLISHED.keys()
+    trained = Path(__file__).with_name("test_recipes.py").read_text()
+    assert [name for name in RECIPES if f'"{name}"' not in trained] == ["quickstart"]  # it has a verb of its own
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("quickstart", "emoji-32")])
+def test_a_recipe_says_how_it_is_run(name: str) -> None:
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    head = text[: text.index("\nmodel:")]
+    known = {item.key for item in settings()}
+    for key in re.findall(r"--((?:model|data|objective|optimizer|train|validation)\.[a-z_.]+)=", text):
+        assert key in known or key.startswith("model.unet."), key
+    (command,) = re.findall(r"#   diffusion-unet train (.+(?:\n#     .+)*)", head)
+    stem, *overrides = shlex.split(command.replace("\n#", ""))
+    assert stem == name
+    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    # All that is left to the user is in that command.
+    for section in (config.model, config.data, config.train):
+        assert not [key for key, value in vars(section).items() if str(value).startswith(PLACEHOLDER)]
+    assert config.train.output_dir == f"runs/{name}"
+    assert config.optimizer.lr_warmup_steps < config.train.max_train_steps
+    assert config.train.max_train_steps % config.validation.validation_steps == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_new_unet_fits_its_text_and_its_pictures(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    if config.model.unet is None:
+        return
+    unet = build(config.model.unet).config
+    side = config.data.resolution // (1 if config.model.vae is None else 8)
+    assert side % 2 ** (len(unet.block_out_channels) - 1) == 0
+    if config.model.pretrained_text_encoder is not None:
+        assert unet.cross_attention_dim == 768  # Stable Diffusion 1.x
+    elif config.model.text_encoder is not None:
+        assert unet.cross_attention_dim == config.model.text_encoder.hidden_size
+    else:
+        assert unet.cross_attention_dim is None
+
+
+def test_a_streamed_data_set_is_kept_on_the_disk() -> None:
+    data = load_config(CONFIGS / "latents-clip.yaml").data
+    assert data.dataset_name and data.streaming == "index" and data.cache_dir and data.max_train_samples
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -11,8 +11,10 @@ from PIL import Image
 from tiny_run import COLOURS, image_folder
 
 from diffusion_unet.errors import InputError
+from training.buckets import cover
 from training.config import DataConfig
-from training.data import Dataset, describe_bad, fit, inspect, open_source, too_many_bad
+from training.data import Dataset, describe_bad, fit, inspect, open_data, too_many_bad
+from training.sources import open_source
 
 
 def settings(folder: Path | str, **more: Any) -> DataConfig:
@@ -141,7 +143,7 @@ def test_other_columns_and_fewer_samples(tmp_path: Path) -> None:
     ("make", "part"),
     [
         (lambda folder: folder / "none", "is no folder"),
-        (lambda folder: folder, "neither metadata.jsonl nor images"),
+        (lambda folder: folder, "neither metadata.jsonl nor metadata.csv nor images"),
     ],
 )
 def test_no_source(tmp_path: Path, make: Any, part: str) -> None:
@@ -165,9 +167,8 @@ def test_grey_and_colour(tmp_path: Path) -> None:
 
 
 def test_strips_are_not_enlarged_as_a_whole() -> None:
-    assert fit(Image.new("L", (1, 30_000)), 1, 8).shape == (128, 8, 1)
-    assert fit(Image.new("L", (5000, 2)), 1, 8).shape == (8, 128, 1)
-    assert fit(Image.new("L", (7, 7)), 3, 8).shape == (8, 8, 3)
+    for size, channels, shape in (((1, 30_000), 1, (128, 8)), ((5000, 2), 1, (8, 128)), ((7, 7), 3, (8, 8))):
+        assert fit(Image.new("L", size), channels, cover(size, (8, 8))).shape == (*shape, channels)
 
 
 def test_the_fingerprint_is_of_pixels_and_captions(tmp_path: Path) -> None:
@@ -229,5 +230,111 @@ def test_a_saved_data_set_without_the_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.image_column: column 'text' of .* does not hold images"):
         look(folder, image_column="text")
     (folder / "state.json").write_text("{}")
-    with pytest.raises(InputError, match="cannot be read as a saved data set"):
+    with pytest.raises(InputError, match="cannot be read as a data set"):
         look(folder)
+
+
+def test_images_of_each_aspect_ratio_fill_their_bucket(tmp_path: Path) -> None:
+    for number, size in enumerate([(40, 20), (20, 40), (30, 30), (41, 20)]):
+        Image.new("RGB", size, (50 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    dataset = look(tmp_path, resolution=16, aspect_buckets=True, bucket_step=4, max_aspect=2.0)
+    shapes = [dataset.buckets[bucket] for bucket in dataset.bucket]
+    assert shapes == [(8, 16), (16, 8), (16, 16), (8, 16)] or all(h * w <= 256 for h, w in shapes)
+    assert dataset.bucket[0] == dataset.bucket[3] != dataset.bucket[1]
+    crop, flip = torch.full((2, 2), 0.99).double(), torch.tensor([False, True])
+    images = dataset.images([0, 3], crop, flip)
+    assert images.shape == (2, *shapes[0], 3) and images[1].unique().tolist() == [0, 150]
+    full = [dataset.cover(sample) for sample in (0, 3)]
+    (top, left), (mirrored_top, mirrored_left) = dataset.boxes([0, 3], crop, flip)
+    assert (top, left) == (full[0][0] - shapes[0][0], full[0][1] - shapes[0][1])
+    assert mirrored_top == full[1][0] - shapes[0][0] and mirrored_left == 0
+
+
+def test_a_box_is_where_the_crop_lies_in_the_mirrored_picture(tmp_path: Path) -> None:
+    dataset = look(image_folder(tmp_path / "data"))
+    crop, flip = torch.rand(12, 2, dtype=torch.float64), torch.arange(12) % 2 == 0
+    images = dataset.images(range(12), crop, flip).numpy()
+    for sample, (top, left) in enumerate(dataset.boxes(range(12), crop, flip)):
+        whole = dataset.image(sample)[:, ::-1] if flip[sample] else dataset.image(sample)
+        assert np.array_equal(images[sample], whole[top : top + 8, left : left + 8])
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    from training import sources
+
+    opened: list[str] = []
+    original = sources.open_image
+
+    def counting(*given: Any, **named: Any) -> Image.Image:
+        opened.append(str(named.get("name")))
+        return original(*given, **named)
+
+    monkeypatch.setattr(sources, "open_image", counting)
+    return opened
+
+
+def test_what_was_seen_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, index = image_folder(tmp_path / "data"), tmp_path / "index.jsonl"
+    (folder / "5.png").write_bytes(b"no picture")
+    config, opened = settings(folder), count_decoded(monkeypatch)
+
+    def again(**changes: Any) -> Dataset:
+        opened.clear()
+        changed = settings(folder, **changes)
+        return inspect(open_source(changed, 3), changed, 3, index=index)
+
+    first = again()
+    assert len(opened) == 11 and len(first) == 11  # of the twelfth, not even the header can be read
+    second = again()
+    assert not opened and second.fingerprint == first.fingerprint and second.bad == first.bad
+    assert (second.mean, second.std, second.sizes) == (first.mean, first.std, first.sizes)
+    Image.new("RGB", (14, 10), (1, 2, 3)).save(folder / "3.png")
+    third = again()
+    assert len(opened) == 1 and third.fingerprint != first.fingerprint
+    assert third.fingerprint == inspect(open_source(config, 3), config, 3).fingerprint
+    again(resolution=6)
+    assert len(opened) == 11  # other pixels
+    index.write_text(index.read_text()[:-30])
+    again(resolution=6)
+    assert len(opened) == 11  # cut short, so nothing in it counts
+
+
+def test_a_quick_look_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = image_folder(tmp_path / "data")
+    opened = count_decoded(monkeypatch)
+    dataset = look(folder, look="quick")
+    assert not opened and len(dataset) == 12 and dataset.sizes == [(14, 10)] * 12
+    assert np.isnan(dataset.mean) and dataset.fingerprint != look(folder).fingerprint
+    assert np.array_equal(dataset.image(3), look(folder).image(3))
+
+
+def test_small_images_are_set_apart(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data", 3)
+    Image.new("RGB", (30, 9)).save(folder / "1.png")
+    dataset = look(folder, min_size=10)
+    assert len(dataset) == 2 and "30x9 pixels, and data.min_size is 10" in dataset.bad[0].reason
+
+
+def test_classes_and_nothing_are_told_in_the_place_of_captions(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        image_folder(tmp_path / "data" / name, 2)
+        (tmp_path / "data" / name / "metadata.jsonl").unlink()
+    config = settings(tmp_path / "data")
+    assert inspect(open_source(config, 3), config, 3, told="label").captions == [["cat"]] * 2 + [["dog"]] * 2
+    assert inspect(open_source(config, 3), config, 3, told="nothing").captions == [[""]] * 4
+
+
+def test_images_of_the_class_come_after_those_of_the_instance(tmp_path: Path) -> None:
+    for name, count in (("mine", 3), ("others", 5)):
+        image_folder(tmp_path / name, count)
+    more = {"class_data_dir": str(tmp_path / "others"), "class_prompt": "a dog", "instance_prompt": "a sks dog"}
+    config = settings(tmp_path / "mine", **more)
+    dataset = inspect(open_data(config, 3), config, 3)
+    assert len(dataset) == 8 and dataset.instances == 3
+    assert dataset.captions == [["a sks dog"]] * 3 + [["a dog"]] * 5
+    kept, held_out = dataset.split(0, 1)
+    assert len(held_out) == 1 and held_out[0] < 3 and sorted(kept + held_out) == list(range(8))
+    assert str(tmp_path / "others") in dataset.source.name(3)
+    with pytest.raises(InputError, match=r"data\.class_data_dir: .* is no folder"):
+        open_data(settings(tmp_path / "mine", class_data_dir="none", class_prompt="x"), 3)

@@ -89,7 +89,7 @@ def test_the_card_tells_how_it_came_about(run: Path, tmp_path: Path) -> None:
         "squares, 12 images",
         "CC0-1.0",
         "v_prediction",
-        "moving average, decay 0.9",
+        "moving average, 0.9",
         "learning_rate: 0.001",
         "PixelTextToImagePipeline.from_pretrained('squares-model')",
     ):

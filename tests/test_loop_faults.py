@@ -57,7 +57,8 @@ def test_a_look_that_fails_loses_no_step(
             "validation.validation_prompts: the prompt",
         ),
         ("--model.unet.sample_size=16", "model.unet.sample_size: 16 is not data.resolution (8)"),
-        ("--model.unet.num_class_embeds=3", "model.unet: training has nothing to give to a U-Net with num_class"),
+        ("--model.unet.num_class_embeds=3", "12 of 12 samples"),
+        ("--model.unet.class_embed_type=timestep", "training has nothing to give to a U-Net with class_embed_type"),
         ("--model.unet.time_cond_proj_dim=4", "time_cond_proj_dim"),
     ],
 )

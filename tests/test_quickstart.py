@@ -36,7 +36,7 @@ SHORT = {
     "optimizer.learning_rate": 2e-3,
     "optimizer.lr_warmup_steps": 50,
     "train.train_batch_size": 16,
-    "train.ema_decay": 0.97,
+    "train.ema": ["0.97"],
     "train.checkpointing_steps": 1000,
     "validation.validation_steps": 1000,
     "validation.num_validation_images": 1,

@@ -32,7 +32,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert path == tmp_path / "checkpoint-7"
     assert names(path) == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
     found = checkpoint.load(tmp_path)
-    assert found and found.path == path and found.state == {"format": 1, "step": 7, "images_seen": 28}
+    assert found and found.path == path and found.state == {"format": 2, "step": 7, "images_seen": 28}
     for name, part in tensors(0.5).items():
         assert part.keys() == found.tensors[name].keys()
         assert all(torch.equal(tensor, found.tensors[name][key]) for key, tensor in part.items())

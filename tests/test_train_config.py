@@ -40,10 +40,14 @@ def test_yaml_and_defaults(tmp_path: Path) -> None:
     assert config == config_from_dict(to_dict(config), "itself")
 
 
-def test_no_is_a_word_and_integers_are_numbers(tmp_path: Path) -> None:
-    config = load(tmp_path, BASE.replace("{output_dir: run}", "{output_dir: run, mixed_precision: no, ema_decay: 1}"))
+def test_no_is_a_word_and_numbers_are_what_is_meant(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, BASE.replace("{output_dir: run}", "{output_dir: run, mixed_precision: no, ema: [0.999, power-0.1]}")
+    )
     assert config.train.mixed_precision == "no"
-    assert config.train.ema_decay == 1.0 and isinstance(config.train.ema_decay, float)
+    assert config.train.ema == ("0.999", "power-0.1")
+    config = load(tmp_path, BASE, "--optimizer.max_grad_norm=1")
+    assert config.optimizer.max_grad_norm == 1.0 and isinstance(config.optimizer.max_grad_norm, float)
 
 
 def test_overrides_are_applied_in_order_after_the_file(tmp_path: Path) -> None:
@@ -53,14 +57,14 @@ def test_overrides_are_applied_in_order_after_the_file(tmp_path: Path) -> None:
         "--optimizer.learning_rate=1e-2",
         "--optimizer.learning_rate=2e-2",
         "--validation.validation_prompts=[red, blue]",
-        "--train.ema_decay=null",
+        "--train.ema=[]",
         "--train.output_dir=2024",
         "--model.unet.sample_size=16",
         "--data.train_data_dir=a: b",
     )
     assert config.optimizer.learning_rate == 2e-2
     assert config.validation.validation_prompts == ("red", "blue")
-    assert config.train.ema_decay is None
+    assert config.train.ema == ()
     assert config.train.output_dir == "2024"
     assert config.model.unet == {"sample_size": 16}
     assert config.data.train_data_dir == "a: b"
@@ -92,7 +96,7 @@ def test_overrides_are_applied_in_order_after_the_file(tmp_path: Path) -> None:
         (["--optimizer.text_encoder_lr=1e-5", "--model.text_encoder=null"], ["optimizer.text_encoder_lr"]),
         (["--train.mixed_precision=fp8"], ["train.mixed_precision", "one of no, fp16, bf16", '"fp8"']),
         (["--validation.validation_prompts=a cat"], ["validation.validation_prompts", "a list of texts", '"a cat"']),
-        (["--validation.validation_prompts=[1]"], ["validation.validation_prompts", "a list of texts"]),
+        (["--validation.validation_prompts=[[1]]"], ["validation.validation_prompts", "a list of texts"]),
         (["--train=5"], ["train", "expected a section", "got 5"]),
         (["--train.seed.x=5"], ["train.seed", "an integer"]),
         (["--train.checkpoints_total_limit=1"], ["train.checkpoints_total_limit", "at least 2"]),
@@ -143,7 +147,8 @@ def test_parts_of_a_pretrained_model_are_not_configured(tmp_path: Path) -> None:
     text = BASE.replace("unet: {}", "pretrained: some/folder")
     assert load(tmp_path, text).model.pretrained == "some/folder"
     assert "model.pixel_mean" in refusal(tmp_path, text, "--model.pixel_mean=0.5")
-    assert "model.schedule" in refusal(tmp_path, text, "--model.schedule.kind=flow")
+    zero_snr = ("--model.schedule.zero_snr=true", "--model.schedule.prediction_type=v_prediction")
+    assert load(tmp_path, text, *zero_snr).model.schedule.zero_snr
     assert load(tmp_path, text, "--model.train_text_encoder=true").model.train_text_encoder is True
 
 

@@ -57,7 +57,7 @@ def tiny_config(folder: Path, data: Path | str, *overrides: str, **train: Any) -
             "max_train_steps": 6,
             "train_batch_size": 4,
             "checkpointing_steps": 100,
-            "ema_decay": 0.9,
+            "ema": ["0.9"],
             **train,
         },
     }

@@ -24,10 +24,11 @@ from diffusion_unet.checkpoint import read_json, read_safetensors, write_json, w
 from diffusion_unet.errors import InputError, SaveError
 from diffusion_unet.model import sync_folder
 
-FORMAT = 1
+FORMAT = 2
 STATE, MANIFEST = "state.json", "manifest.json"
 HIDDEN = ".unfinished-"  # also what is on its way out
 REPLACED = ".replaced-"  # a checkpoint that the same step, saved again, is about to replace
+MAX_STATE_BYTES = 64 << 20  # some optimizers keep a number for each parameter
 SPARE_BYTES = 1 << 20  # JSON, headers, directories
 
 
@@ -124,7 +125,7 @@ def read(path: Path) -> Checkpoint:
             raise InputError(f"{file}: damaged, its sha256 is not that of the manifest")
         if file.suffix == ".safetensors":
             tensors[file.stem] = read_safetensors(file)
-    state = read_json(path / STATE)
+    state = read_json(path / STATE, limit=MAX_STATE_BYTES)
     if not isinstance(state.get("step"), int):
         raise InputError(f"{path / STATE}: no step in it")
     return Checkpoint(path, state, tensors)

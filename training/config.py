@@ -15,6 +15,7 @@ from diffusion_unet.errors import InputError
 
 from .settings import REQUIRED, Setting, apply, build, explain, leaves, parse, setting, show
 
+ADAMW = "torch.optim:AdamW"
 POLYNOMIAL_END = 1e-7  # the last rate of diffusers' polynomial schedule
 
 
@@ -58,12 +59,46 @@ class ScheduleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    kind: Literal["lora", "dora"] = setting("lora", "low-rank difference (lora), or that of directions (dora)")
+    rank: int = setting(16, "rank of the difference", low=1)
+    alpha: float | None = setting(None, "the difference is multiplied by alpha / rank; null is rank", low=1e-6)
+    target_modules: tuple[str, ...] = setting(
+        ("to_q", "to_k", "to_v", "to_out.0"), "ends of the names of the layers that are adapted, as peft takes them"
+    )
+    dropout: float = setting(0.0, "share of the adapter's inputs set to zero", low=0.0, high=0.99)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextualInversionConfig:
+    placeholder_token: str = setting(REQUIRED, "the new word, such as <my-cat>, which captions hold")
+    initializer_token: str = setting(REQUIRED, "a word of one token, such as cat, that the new one starts as")
+    num_vectors: int = setting(1, "vectors of the text encoder for the new word", low=1, high=64)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     pretrained: str | None = setting(
-        None, "model folder to fine-tune; null trains from nothing, and then `unet` is required"
+        None,
+        "model folder to fine-tune, or a single .safetensors file of it; null trains from nothing, and then `unet` is"
+        " required",
+    )
+    pretrained_config: str | None = setting(
+        None, "the model folder whose configs and tokenizers belong to a single file; null with a folder", fixed=False
+    )
+    task: Literal["text-to-image", "inpaint", "instruct-pix2pix"] = setting(
+        "text-to-image",
+        "what is drawn from: text alone, a picture with a hole, or a picture to change; the U-Net's conv_in is widened"
+        " where it does not take that yet",
     )
     unet: dict[str, Any] | None = field(
         default=None, metadata=explain("the U-Net as in diffusers' unet/config.json; null with `pretrained`")
+    )
+    vae: str | None = setting(
+        None, "folder of the autoencoder in whose latents a new U-Net works; null: pixels; part of `pretrained`"
+    )
+    pretrained_text_encoder: str | None = setting(
+        None, "model folder whose text encoder and tokenizer a new U-Net takes; null: new ones"
     )
     text_encoder: TextEncoderConfig | None = field(
         default_factory=TextEncoderConfig,
@@ -74,9 +109,17 @@ class ModelConfig:
         metadata=explain("a new tokenizer, trained on the captions; part of `pretrained`"),
     )
     schedule: ScheduleConfig = field(
-        default_factory=ScheduleConfig, metadata=explain("the noise schedule; part of `pretrained`")
+        default_factory=ScheduleConfig,
+        metadata=explain("the noise schedule; of `pretrained` its own, unless any of this is set"),
     )
     train_text_encoder: bool | None = setting(None, "null trains a new text encoder and freezes a pretrained one")
+    adapter: AdapterConfig | None = field(
+        default=None,
+        metadata=explain("LoRA or DoRA beside the frozen weights of `pretrained`; null trains the weights"),
+    )
+    textual_inversion: TextualInversionConfig | None = field(
+        default=None, metadata=explain("a new word, trained while all else of `pretrained` is frozen; null trains none")
+    )
     pixel_mean: float | None = setting(
         None, "mean of the images in [-1, 1], subtracted; null measures it; part of `pretrained`"
     )
@@ -89,33 +132,66 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    train_data_dir: str = setting(
-        REQUIRED,
-        "folder with metadata.jsonl, with images and .txt beside them, or saved by datasets' save_to_disk; or"
-        ' "fashion-mnist" or "twemoji"',
+    train_data_dir: str | None = setting(
+        None,
+        "folder of images with metadata.jsonl, metadata.csv, .txt or .caption beside them, or in folders named by what"
+        " they show; of .parquet files; of webdataset .tar files; saved by datasets' save_to_disk; or"
+        ' "fashion-mnist" or "twemoji"; null with dataset_name',
         fixed=False,
+    )
+    dataset_name: str | None = setting(None, "data set of the Hugging Face hub; null with train_data_dir", fixed=False)
+    dataset_config_name: str | None = setting(None, "configuration of dataset_name; null is its default", fixed=False)
+    split: str = setting("train", "split of dataset_name, or of a saved data set that has several", fixed=False)
+    streaming: Literal["index"] | None = setting(
+        None, "index: dataset_name is streamed into local shards first; null downloads its files", fixed=False
     )
     image_column: str | None = setting(
         None,
-        "key or column of the image; null is file_name in metadata.jsonl (a path within the folder) and image in a"
-        " saved data set",
+        "key or column of the image; null is file_name in metadata (a path within the folder) and image in a data set",
         fixed=False,
     )
     caption_column: str = setting(
         "text", "key or column of the caption, or of a list of captions to choose from", fixed=False
     )
+    label_column: str | None = setting(
+        None, "key or column of the class, for a U-Net with num_class_embeds; null: the folder's name", fixed=False
+    )
+    original_image_column: str | None = setting(
+        None,
+        "key or column of the picture to be changed, for model.task instruct-pix2pix; null for others",
+        fixed=False,
+    )
+    instance_prompt: str | None = setting(None, "caption of every image (DreamBooth); null: their own")
+    class_data_dir: str | None = setting(
+        None,
+        "folder of images of the same class as the instances, for prior preservation (DreamBooth); null for none",
+        fixed=False,
+    )
+    class_prompt: str | None = setting(None, "caption of the images of class_data_dir; null without it")
+    num_class_images: int = setting(
+        100, "images that class_data_dir is to hold; missing ones are drawn by the model before it is trained", low=1
+    )
+    prior_loss_weight: float = setting(1.0, "what the loss of an image of class_data_dir counts", low=0.0)
     resolution: int = setting(
         32,
-        "side of the training images in pixels: the shorter side is scaled to it, the longer cropped",
+        "side of the training images in pixels: the shorter side is scaled to it, the longer cropped; with"
+        " aspect_buckets the root of their area",
         low=1,
         high=16384,
     )
+    aspect_buckets: bool = setting(False, "train at several aspect ratios of about resolution^2 pixels, little cropped")
+    bucket_step: int = setting(64, "sides of buckets are multiples of this many pixels", low=1)
+    max_aspect: float = setting(2.0, "largest ratio of a bucket's sides", low=1.0, high=8.0)
     center_crop: bool = setting(False, "crop the middle; otherwise a place drawn anew each time")
     random_flip: bool = setting(False, "mirror half of the images, left to right")
     background: str = setting("white", "colour under transparent pixels, as Pillow spells colours")
     caption_dropout: float = setting(
-        0.1, "share of the images trained with the empty caption, for guidance", low=0.0, high=1.0
+        0.1, "share of the images trained with the empty caption or the null class, for guidance", low=0.0, high=1.0
     )
+    shuffle_tags: bool = setting(False, "put the parts of a caption, cut at tag_separator, into an order drawn anew")
+    keep_tags: int = setting(1, "parts at the front that shuffle_tags leaves in place", low=0)
+    tag_separator: str = setting(",", "what stands between the parts")
+    min_size: int = setting(1, "images with a shorter side below this many pixels are not used", low=1)
     max_train_samples: int | None = setting(None, "use the first samples only; null uses all", low=1, fixed=False)
     held_out: int = setting(0, "images kept from training, for the held-out loss", low=0)
     max_bad_fraction: float = setting(
@@ -125,33 +201,76 @@ class DataConfig:
         high=1.0,
         fixed=False,
     )
+    look: Literal["full", "quick"] = setting(
+        "full", "full: decode every image that was not decoded before; quick: read sizes and captions only"
+    )
     cache_in_memory: int = setting(
         2048, "megabytes of decoded images to keep; beyond it they are decoded at each use", low=0, fixed=False
     )
+    cache_latents: bool = setting(
+        False, "encode all images once, before the first step, and keep the autoencoder's mean and variance on disk"
+    )
+    cache_crops: int = setting(1, "crops of each image in that cache, of which each use takes one", low=1)
+    cache_text: bool = setting(
+        False, "encode all captions once with the frozen text encoder, and keep the result on disk"
+    )
+    cache_dir: str | None = setting(None, "folder of caches; null is the run's own", fixed=False)
     license: str | None = setting(None, "licence of the images, for the model card; null leaves it out", fixed=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    noise_distribution: Literal["uniform", "lognormal"] = setting(
+    noise_distribution: str = setting(
         "lognormal",
-        "uniform: timesteps; lognormal: ln sigma is normal (for flow that is the logit-normal distribution)",
+        "uniform: timesteps; lognormal: ln sigma is normal; logit_normal: logit of a flow's time is normal, which is"
+        " the same in its own words; or package.module:function, called with u in (0, 1), the schedule and noise_args",
     )
-    ln_sigma_mean: float | None = setting(None, "mean of ln sigma, lognormal only; null is -0.6")
-    ln_sigma_std: float | None = setting(None, "standard deviation of ln sigma, lognormal only; null is 1.2", low=1e-3)
+    noise_args: dict[str, Any] | None = field(
+        default=None, metadata=explain("arguments of a noise_distribution of your own; null is none")
+    )
+    ln_sigma_mean: float | None = setting(None, "mean of ln sigma, lognormal and logit_normal only; null is -0.6")
+    ln_sigma_std: float | None = setting(
+        None, "standard deviation of ln sigma, lognormal and logit_normal only; null is 1.2", low=1e-3
+    )
     stratified: bool = setting(True, "spread the noise levels of a batch evenly over the distribution")
-    weighting: Literal["none", "min_snr", "edm"] = setting("none", "weight of the squared error by noise level")
-    snr_gamma: float | None = setting(None, "ceiling of the SNR, min_snr only; null is 5", low=1e-3)
+    resolution_shift: int | None = setting(
+        None,
+        "side in pixels for which the noise levels are meant: at others sigma is multiplied by the ratio of the sides;"
+        " null leaves it",
+        low=1,
+    )
+    weighting: Literal["none", "min_snr", "soft_min_snr", "edm"] = setting(
+        "none", "weight of the squared error by noise level"
+    )
+    snr_gamma: float | None = setting(None, "ceiling of the SNR, min_snr and soft_min_snr only; null is 5", low=1e-3)
+    learned_weighting: bool = setting(
+        False, "divide each loss by what is usual at its noise level, learned on the way (EDM2)"
+    )
+    loss: Literal["mse", "huber"] = setting("mse", "squared error, or one that grows linearly far from zero")
+    huber_c: float | None = setting(None, "where huber turns linear; null is 0.1", low=1e-6)
+    noise_offset: float = setting(
+        0.0, "share of noise that is the same in all of an image, so that dark and bright pictures are learned", low=0.0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = setting(1e-4, "peak rate of AdamW", low=0.0)
+    optimizer: str = setting(
+        ADAMW, "class of the optimizer, package.module:Class; adam_* and muon_lr are for AdamW only"
+    )
+    optimizer_args: dict[str, Any] | None = field(
+        default=None, metadata=explain("arguments of another optimizer than AdamW, besides its rate; null is none")
+    )
+    learning_rate: float = setting(1e-4, "peak rate", low=0.0)
     text_encoder_lr: float | None = setting(None, "peak rate of the text encoder; null is learning_rate", low=0.0)
     muon_lr: float | None = setting(
         None,
         "peak rate of Muon for the weights between the U-Net's first and last layer; null trains all with AdamW",
         low=1e-9,
+    )
+    group_lr: dict[str, Any] | None = field(
+        default=None,
+        metadata=explain("peak rates by regular expression over parameter names, the first that fits; null has none"),
     )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -179,14 +298,22 @@ class TrainConfig:
     channels_last: bool = setting(
         True, "keep images and convolutions in channels-last memory order, faster on most machines", fixed=False
     )
-    ema_decay: float | None = setting(
-        0.9999,
-        "decay per step of the averaged weights, (1 + n)/(10 + n) in the first n steps; null keeps none",
-        low=0.0,
-        high=1.0,
+    gradient_checkpointing: bool = setting(
+        False, "compute the blocks anew on the way back: less memory, a third more time", fixed=False
+    )
+    compile: bool = setting(False, "torch.compile the U-Net", fixed=False)
+    allow_tf32: bool = setting(False, "faster, less exact products of float32 on NVIDIA GPUs", fixed=False)
+    ema: tuple[str, ...] = setting(
+        ("0.9999",),
+        'averages of the weights: "0.9999", the decay per step, (1 + n)/(10 + n) in the first n steps;'
+        ' "constant-0.999", without that; "power-0.05", of this width relative to the run (EDM2); the first is what is'
+        " drawn with and exported; [] keeps none",
     )
     checkpointing_steps: int = setting(500, "steps from one checkpoint to the next", low=1, fixed=False)
     checkpoints_total_limit: int | None = setting(2, "checkpoints kept, at least 2; null keeps all", low=2, fixed=False)
+    report_to: tuple[str, ...] = setting(
+        (), "trackers of accelerate that are told all metrics: tensorboard, wandb, ...", fixed=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +360,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_from_dict(tree: Mapping[str, Any], source: str) -> Config:
     """A Config from nested mappings, as `to_dict` gives them; `source` names them in messages. Raises InputError."""
+    from .checks import check
+
     config: Config = build(Config, dict(tree), source)
     check(config)
     return config
@@ -272,75 +401,3 @@ def _get(tree: Any, key: str) -> Any:
     for name in key.split("."):
         tree = tree.get(name) if isinstance(tree, Mapping) else None
     return tree
-
-
-def check(config: Config) -> None:
-    """Raises InputError for settings that contradict each other."""
-    model, objective, schedule = config.model, config.objective, config.model.schedule
-    _refuse(
-        (model.pretrained is None) == (model.unet is None),
-        "model.unet or model.pretrained: give exactly one of the two",
-    )
-    if model.pretrained is None:
-        _check_schedule(schedule)
-    else:
-        default = ModelConfig(pretrained=model.pretrained, train_text_encoder=model.train_text_encoder)
-        for name, value in vars(default).items():
-            _refuse(getattr(model, name) != value, f"model.{name}: comes with model.pretrained; take it out")
-    if objective.noise_distribution != "lognormal":
-        for key in ("ln_sigma_mean", "ln_sigma_std"):
-            _refuse(getattr(objective, key) is not None, f"objective.{key}: only with noise_distribution lognormal")
-    _refuse(
-        objective.snr_gamma is not None and objective.weighting != "min_snr",
-        "objective.snr_gamma: only with weighting min_snr",
-    )
-    trained = model.train_text_encoder if model.train_text_encoder is not None else model.pretrained is None
-    _refuse(
-        config.optimizer.text_encoder_lr is not None and not (trained and (model.pretrained or model.text_encoder)),
-        "optimizer.text_encoder_lr: no text encoder is trained; take it out, or set model.train_text_encoder",
-    )
-    _refuse(
-        config.optimizer.muon_lr is not None and config.train.mixed_precision == "fp16",
-        "optimizer.muon_lr: Muon cannot leave out a step whose scaled gradients are infinite; take bf16 or no",
-    )
-    batch, micro = config.train.train_batch_size, config.train.gradient_accumulation_steps
-    _refuse(micro > batch, f"train.gradient_accumulation_steps: {micro} is more than train_batch_size ({batch})")
-    _refuse(
-        config.optimizer.lr_scheduler == "polynomial" and config.optimizer.learning_rate <= POLYNOMIAL_END,
-        f"optimizer.learning_rate: polynomial falls to {POLYNOMIAL_END:g}, so it must be above that",
-    )
-    if config.optimizer.lr_scheduler == "constant":
-        _refuse(
-            config.optimizer.lr_warmup_steps > 0,
-            "optimizer.lr_warmup_steps: take lr_scheduler constant_with_warmup, or 0",
-        )
-
-
-def _check_schedule(schedule: ScheduleConfig) -> None:
-    only = {
-        "prediction_type": ("linear", "scaled_linear", "cosine"),
-        "num_train_timesteps": ("linear", "scaled_linear", "cosine", "flow"),
-        "beta_start": ("linear", "scaled_linear"),
-        "beta_end": ("linear", "scaled_linear"),
-        "zero_snr": ("linear", "scaled_linear", "cosine"),
-        "shift": ("flow",),
-        "sigma_data": ("edm",),
-        "sigma_min": ("edm",),
-        "sigma_max": ("edm",),
-    }
-    for key, kinds in only.items():
-        given = getattr(schedule, key) not in (None, False)
-        _refuse(
-            given and schedule.kind not in kinds,
-            f"model.schedule.{key}: only with kind {', '.join(kinds)}, not {schedule.kind}",
-        )
-    epsilon = schedule.prediction_type in (None, "epsilon")
-    _refuse(
-        schedule.zero_snr and epsilon,
-        "model.schedule.zero_snr: needs prediction_type v_prediction or sample, not epsilon",
-    )
-
-
-def _refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        raise InputError(message)

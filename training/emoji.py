@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffusion_unet.errors import InputError
-from diffusion_unet.images import WHITE, open_image
+from diffusion_unet.images import WHITE, image_size, open_image
 
 # What Unicode calls these says little about the picture.
 _WORDS = {
@@ -48,6 +48,23 @@ class Emoji:
     def image(self, index: int) -> Image.Image:
         """Picture `index`, RGB over the background, 72 x 72 pixels."""
         return open_image(self.files[index], background=self.background)
+
+    def original(self, index: int) -> Image.Image:
+        """There is none: raises InputError."""
+        raise InputError("data.original_image_column: twemoji has no pictures to be changed into others")
+
+    def label(self, index: int) -> str:
+        """There is none: raises InputError."""
+        raise InputError("data.label_column: twemoji has no classes; train with captions")
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(72, 72), as the header of picture `index` says it."""
+        return image_size(self.files[index])
+
+    def stamp(self, index: int) -> str:
+        """Size and time of modification of the file of picture `index`, and its captions."""
+        state = self.files[index].stat()
+        return f"{state.st_size} {state.st_mtime_ns} {self.names[index]}"
 
     def name(self, index: int) -> str:
         """The file of picture `index`, for messages."""

@@ -1,40 +1,54 @@
-"""What a run stands on: devices and processes, the optimizer and its rate, the lock on its folder, signals."""
+"""What a run stands on: devices and processes, the lock on its folder, signals."""
 
 import fcntl
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffusion_unet.errors import InputError, SaveError
 
-from .config import Config, OptimizerConfig
-from .muon import Muon
+from .config import Config
+from .metrics import tracker_settings
 
-FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with a fused AdamW
-# Layers that AdamW trains even where Muon trains the others, as its authors have it: the first, the last, embeddings.
-OUTER = tuple(
-    f"unet.{name}."
-    for name in ("conv_in", "conv_out", "time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj")
-)
+NOT_SUPPORTED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 
 
 def make_accelerator(config: Config) -> Accelerator:
     """Device, processes and precision, as the environment (accelerate launch, torchrun) says. Raises InputError."""
+    if config.train.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    sharding = _sharding()
+    asked, precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), config.train.mixed_precision
+    if asked not in ("no", precision):
+        raise InputError(
+            f"ACCELERATE_MIXED_PRECISION is {asked} and train.mixed_precision {precision}: give"
+            f" --train.mixed_precision={asked}, or take mixed_precision out of the accelerate config"
+        )
     try:
-        accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+        trackers = tracker_settings(config.train.report_to, Path(config.train.output_dir))
+        accelerator = Accelerator(mixed_precision=config.train.mixed_precision, fsdp_plugin=sharding, **trackers)
     except ValueError as error:
         line = " ".join(str(error).split())
         raise InputError(
             f"train.mixed_precision: {config.train.mixed_precision} is not to be had here: {line}"
         ) from None
+    if sharding is not None and not accelerator.is_fsdp2:  # which accelerate passes over in silence
+        raise InputError(
+            "ACCELERATE_USE_FSDP is set: accelerate cuts weights over the GPUs of processes that accelerate launch or"
+            f" torchrun started; this is {accelerator.distributed_type.value} on {accelerator.device.type}: take it out"
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise InputError(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {accelerator.gradient_accumulation_steps}: take it out, and set"
@@ -48,63 +62,70 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Muon:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused where the device has it, with Muon where that is set.
-
-    Its groups, the U-Net's, that of the "text." parameters and that of Muon, have the peak of their rate in "peak"."""
-    text = [name for name in parameters if name.startswith("text.")]
-    inner = [name for name, parameter in parameters.items() if name not in text and _inner_matrix(name, parameter)]
-    matrices = inner if config.muon_lr else []
-    rest = [name for name in parameters if name not in {*text, *matrices}]
-    text_peak = config.learning_rate if config.text_encoder_lr is None else config.text_encoder_lr
-    groups = [
-        {"params": [parameters[name] for name in names], "peak": peak, "muon": names is matrices}
-        for names, peak in ((rest, config.learning_rate), (text, text_peak), (matrices, config.muon_lr))
-        if names
-    ]
-    return Muon(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-        fused=device.type in FUSED,
-    )
+def _sharding() -> FullyShardedDataParallelPlugin | None:
+    """How weights are to be cut over the processes, as the environment says. Raises InputError."""
+    for name in NOT_SUPPORTED:
+        if parse_flag_from_env(name):
+            raise InputError(f"{name} is set: training has DDP and FSDP2 only; take it out of the accelerate config")
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise InputError("FSDP_VERSION is 1: put fsdp_version: 2 into the accelerate config")
+    for setting in ("cpu_ram_efficient_loading", "activation_checkpointing", "offload_params"):
+        if parse_flag_from_env(f"FSDP_{setting.upper()}"):
+            remedy = ", and set train.gradient_checkpointing" if setting == "activation_checkpointing" else ""
+            raise InputError(f"FSDP_{setting.upper()} is set: take fsdp_{setting} out of the accelerate config{remedy}")
+    # Autocast alone, as with DDP: FSDP2's own casts would round sigma, and sum gradients, in the low precision.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    return plugin
 
 
-def _inner_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """A weight between hidden layers: neither what reads the inputs nor what writes the output."""
-    return parameter.ndim >= 2 and not name.startswith(OUTER)
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be cut over the processes, which then call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def rate_course(config: Config) -> Callable[[int], float]:
-    """The share of the peak rate as a function of the optimizer steps done, by diffusers' get_scheduler."""
-    from diffusers.optimization import get_scheduler
-
-    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.optimizer.learning_rate)
-    scheduler = get_scheduler(
-        config.optimizer.lr_scheduler,
-        carrier,
-        num_warmup_steps=config.optimizer.lr_warmup_steps,
-        num_training_steps=config.train.max_train_steps,
-    )
-    factor = scheduler.lr_lambdas[0]
-    return lambda step: float(factor(step))
+def kept(tensor: Tensor, keep: bool) -> Tensor:
+    """As `whole`; of one that is cut, processes that `keep` it get it in the CPU's memory, and the others nothing."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    gathered = tensor.full_tensor()
+    return gathered.cpu() if keep else gathered.new_empty(0)
 
 
-def moments(optimizer: Muon, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named "exp_avg.<parameter>"; zeros are put in place before the first step."""
-    matrices = {parameter for group in optimizer.param_groups if group["muon"] for parameter in group["params"]}
-    tensors = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        if not state:
-            fused = optimizer.param_groups[0]["fused"]
-            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32)
-            for moment in ("exp_avg",) if parameter in matrices else ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        tensors.update({f"{key}.{name}": tensor for key, tensor in state.items()})
-    return tensors
+def put(live: Tensor, given: Tensor) -> None:
+    """Copies all of a tensor into one that may be cut over the processes."""
+    if isinstance(live, DTensor):
+        given = distribute_tensor(given.to(live.device), live.device_mesh, live.placements)
+    live.copy_(given)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be cut over the processes: the memory itself, not a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_as(example: Tensor, part: Tensor) -> Tensor:
+    """The tensor of `example`'s shape of which `part` is this process's part, as `own_part` gives it."""
+    if not isinstance(example, DTensor):
+        return part
+    mesh, placements = example.device_mesh, example.placements
+    return DTensor.from_local(part, mesh, placements, shape=example.shape, stride=example.stride())
+
+
+@contextmanager
+def resharded(network: nn.Module, in_place: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """`in_place`, after which no weight stays gathered from its parts: the next pass has those of that moment.
+
+    FSDP2 keeps what it gathered of the outermost module until a backward pass, and looks at the parts no more."""
+    try:
+        with in_place():
+            yield
+    finally:
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @contextmanager

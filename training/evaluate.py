@@ -1,6 +1,7 @@
 """What a model is worth: its loss on images kept from training, and whether its pictures show what was asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from diffusion_unet.model import DiffusionModel
+from diffusion_unet.schedule import NoiseSchedule
 
-from .batches import Batch, encode
-from .config import ObjectiveConfig
-from .objective import image_losses, loss_weight, noise_levels
+from .batches import Batch, encode, told
+from .config import Config
+from .metrics import LevelLosses
+from .objective import huber_c, image_losses, loss_weight, noise_levels
 
 LEVELS = 8  # noise levels of a held-out loss, at even quantiles of the training distribution
 CHUNK = 64  # images at once
@@ -21,28 +24,72 @@ CHUNK = 64  # images at once
 Draw = Callable[[list[str], list[int]], list[Image]]
 
 
-@torch.no_grad()
-def held_out_loss(network: nn.Module, model: DiffusionModel, batch: Batch, config: ObjectiveConfig) -> dict[str, float]:
-    """Mean loss of the batch at each of 8 fixed noise levels, by sigma; the batch's noise is used at every level.
+def fixed_levels(schedule: NoiseSchedule, config: Config) -> Tensor:
+    """The 8 sigmas of a held-out loss, float64 [8], rising: the medians of the ranges that `level_losses` counts."""
+    return _levels((torch.arange(LEVELS) + 0.5) / LEVELS, schedule, config)
 
-    network(x, sigma, ids) -> output, on the device of `model.unet`."""
-    levels = noise_levels((torch.arange(LEVELS) + 0.5) / LEVELS, model.schedule, config)
-    weights = loss_weight(levels, model.schedule, config)
-    device = model.unet.device
-    parts = [batch.part(number, -(-len(batch.indices) // CHUNK)) for number in range(-(-len(batch.indices) // CHUNK))]
-    totals = torch.zeros(LEVELS, dtype=torch.float64)
-    for part in parts:
-        x0, noise = encode(part, model, device), part.noise.to(device)
-        ids = None if part.ids is None else part.ids.to(device)
-        for place, (level, weight) in enumerate(zip(levels, weights, strict=True)):
-            sigma = level.expand(len(x0))
-            output = network(x0 + float(level) * noise, sigma, ids)
-            losses = image_losses(output, model.schedule.target(x0, noise, sigma), weight.expand(len(x0)))
-            totals[place] += float(losses.sum())
-    return {
-        f"{level:.4g}": total / len(batch.indices)
-        for level, total in zip(levels.tolist(), totals.tolist(), strict=True)
-    }
+
+def level_losses(schedule: NoiseSchedule, config: Config, **settings: Any) -> LevelLosses:
+    """A count of the training loss in 8 ranges of sigma that each see as many images; `settings` as of LevelLosses."""
+    edges = _levels(torch.arange(1, LEVELS) / LEVELS, schedule, config)
+    return LevelLosses(fixed_levels(schedule, config).tolist(), edges.tolist(), **settings)
+
+
+def _levels(u: Tensor, schedule: NoiseSchedule, config: Config) -> Tensor:
+    """Those of `data.resolution`: where levels are shifted with the size, the same ones for images of every size."""
+    return noise_levels(u, schedule, config.objective, config.data.resolution**2).sort().values
+
+
+def measure(
+    network: nn.Module,
+    model: DiffusionModel,
+    sets: Mapping[str, Sequence[Batch]],
+    weights: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    config: Config,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{"held_out_loss": {"raw": {"0.0871": loss, ...}, "0.9999": {...}}, ...}: `held_out_loss` of each set of images
+    with each set of weights, in eval mode.
+
+    sets: the batches of each by its name; one of no images is left out. weights: for each name what puts those weights
+    in place while it is entered, nullcontext for the raw ones. By how much the loss of held-out images is above that of
+    as many training images says what the network knows by heart."""
+    present = {kind: batches for kind, batches in sets.items() if batches}
+    losses: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in present}
+    training = network.training
+    network.eval()
+    try:
+        for name, in_place in weights.items():
+            with in_place():
+                for kind, batches in present.items():
+                    losses[kind][name] = held_out_loss(network, model, batches, config)
+    finally:
+        network.train(training)
+    return losses
+
+
+@torch.no_grad()
+def held_out_loss(
+    network: nn.Module, model: DiffusionModel, batches: Sequence[Batch], config: Config
+) -> dict[str, float]:
+    """Mean loss of the images at each of 8 fixed noise levels, by sigma; an image has the same noise at every level.
+
+    network: as training's Network, on the device of `model.unet`. The loss is that of `objective`, without a learned
+    weight, which is another for other weights."""
+    levels = fixed_levels(model.schedule, config)
+    weights = loss_weight(levels, model.schedule, config.objective)
+    device, huber = model.unet.device, huber_c(config.objective)
+    totals, count = torch.zeros(LEVELS, dtype=torch.float64), 0
+    for batch in batches:
+        parts = -(-len(batch.indices) // CHUNK)
+        for part in (batch.part(number, parts) for number in range(parts)):
+            x0, noise, given = encode(part, model, device), part.noise.to(device), told(part, model, device)
+            for place, (level, weight) in enumerate(zip(levels, weights, strict=True)):
+                sigma = level.expand(len(x0))
+                output, _ = network(x0 + float(level) * noise, sigma, **given)
+                target = model.schedule.target(x0, noise, sigma)
+                totals[place] += float(image_losses(output, target, weight.expand(len(x0)), huber).sum())
+            count += len(x0)
+    return {f"{level:.4g}": total / count for level, total in zip(levels.tolist(), totals.tolist(), strict=True)}
 
 
 @torch.no_grad()

@@ -1,38 +1,52 @@
 """A run made into a model folder that diffusers loads, with a card that tells how it came about."""
 
-import json
+import dataclasses
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from diffusion_unet.codec import PixelCodec
+from diffusion_unet.checkpoint import write_bytes
 from diffusion_unet.errors import InputError, SaveError
 from diffusion_unet.model import DiffusionModel
+from diffusion_unet.single_file import write_single_file
+from diffusion_unet.unet import UNet
 
 from . import checkpoint
-from .config import Config, config_from_dict, to_dict
-from .data import EMBEDDED
-from .loop import BASE, METRICS, PREVIEWS, step_of
-from .network import Network, trains_text
+from .adapters import save_embedding, save_lora
+from .card import GRID, card
+from .config import Config, config_from_dict
+from .loop import PREVIEWS
+from .network import Network
+from .start import untrained
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LAYOUTS = ("diffusers", "kohya", "single-file")
 RAW = "none"
-GRID = "grid.png"
-RECENT = 100  # steps over which the card's loss is averaged
+CLOSE = 1e-4  # largest difference between the stock classes' prediction and ours, in standard deviations of it
 
 
 def export(
-    run: Path | str, out: Path | str, *, ema: str | None = None, dtype: str | None = None, variant: str | None = None
+    run: Path | str,
+    out: Path | str,
+    *,
+    ema: str | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+    layout: str = "diffusers",
 ) -> Path:
-    """Writes the newest whole checkpoint of a run as a model folder, reads it back, compares, and returns it.
+    """Writes the newest whole checkpoint of a run, reads it back, compares, and returns what was written.
 
-    ema: name of the averaged weights; None takes the run's own where it has any, "none" the weights themselves.
+    A run of a whole model gives a model folder, or with layout "single-file" one .safetensors file with the keys of the
+    original Stable Diffusion; a run of an adapter its file in the layout of diffusers or "kohya", and one of textual
+    inversion its vectors, each in a folder with a card.
+
+    ema: name of the averaged weights; None takes the run's first where it has any, "none" the weights themselves.
     dtype: fp32 (None), fp16 or bf16; variant: a word in the names of the weight files, such as "fp16".
-    Raises InputError for a run or a name that is not there, SaveError where the folder cannot be written."""
+    Raises InputError for a run, a name or a layout that is not there, SaveError where it cannot be written."""
     run, out = Path(run), Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is not known; it is one of {', '.join(DTYPES)}")
@@ -42,19 +56,72 @@ def export(
     if found is None:
         raise InputError(f"{run}: no checkpoint there; train first, or give the train.output_dir of a run")
     config = config_from_dict(found.state.get("config", {}), str(found.path))
-    model = DiffusionModel.load(config.model.pretrained or run / BASE, dtype=torch.float32)
-    if config.model.pretrained and model.fingerprint() != found.state.get("pretrained"):
-        raise InputError(f"{config.model.pretrained}: not the model that {run} was tuned from; put that one back")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, output_dir=str(run)))
+    _check_layout(config, layout, variant)
     name = _weights(found, ema)
-    _put_in(model, found, config, name)
-    step = found.state["step"]
-    picture = _preview(run / PREVIEWS, step)
+    model = _trained(found, config, name)
+    picture = _preview(run / PREVIEWS, found.state["step"])
     files = {GRID: picture.read_bytes()} if picture else {}
-    loss = _recent_loss(run / METRICS, step)
-    text = card(config, found, name, model, out.resolve().name, loss, with_grid=bool(files))
+    text = card(config, found, name, model, out.resolve().name, with_grid=bool(files))
     as_dtype = DTYPES[dtype or "fp32"]
+    word = config.model.textual_inversion is not None
+    if word or config.model.adapter is not None:
+        return _export_part(model, out, layout, as_dtype, {"README.md": text.encode(), **files}, word=word)
+    if layout == "single-file":
+        with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=f".{out.name}.") as folder:
+            model.save(Path(folder) / "model", dtype=as_dtype)
+            return write_single_file(Path(folder) / "model", out)
     model.save(out, card=text, files=files, variant=variant, dtype=as_dtype)
     _compare(model, DiffusionModel.load(out, variant=variant), as_dtype, out)
+    _compare_stock(out, variant)
+    return out
+
+
+def _check_layout(config: Config, layout: str, variant: str | None) -> None:
+    adapter, word = config.model.adapter is not None, config.model.textual_inversion is not None
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout} is not known; it is one of {', '.join(LAYOUTS)}")
+    if layout == "kohya" and not adapter:
+        raise InputError("layout kohya: it is for runs of an adapter (model.adapter); take diffusers")
+    if layout == "single-file" and (adapter or word):
+        raise InputError("layout single-file: it is for whole models, and this run trained a part; take diffusers")
+    if variant and (layout == "single-file" or adapter or word):
+        raise InputError(f"variant {variant}: only in a model folder; take it out")
+
+
+def _trained(found: checkpoint.Checkpoint, config: Config, name: str) -> DiffusionModel:
+    """The model with the weights of one file of the checkpoint. Raises InputError."""
+    model = untrained(config)
+    if config.model.pretrained:
+        base = DiffusionModel.load(config.model.pretrained, config=config.model.pretrained_config, dtype=torch.float32)
+        if base.fingerprint() != found.state.get("pretrained"):
+            raise InputError(
+                f"{config.model.pretrained}: not the model that {config.train.output_dir} was tuned from; put that one"
+                " back"
+            )
+    network = Network(model, config)
+    network.uncertainty = None  # of use in training alone
+    parameters, given = network.trained(), dict(found.tensors.get(name, {}))
+    given = {key: value for key, value in given.items() if not key.startswith("uncertainty.")}
+    checkpoint.check_tensors(parameters, given, f"{found.path / name}.safetensors")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(given[key])
+    return model
+
+
+def _export_part(
+    model: DiffusionModel, out: Path, layout: str, dtype: torch.dtype, files: dict[str, bytes], *, word: bool
+) -> Path:
+    """An adapter or a new word, and what goes with it."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} exists and is no folder: name another, nothing is overwritten")
+    if word:
+        save_embedding(model, out, dtype=dtype)
+    else:
+        save_lora(model, out, layout="kohya" if layout == "kohya" else "diffusers", dtype=dtype)
+    for name, content in files.items():
+        write_bytes(out / name, content)
     return out
 
 
@@ -70,15 +137,6 @@ def _weights(found: checkpoint.Checkpoint, ema: str | None) -> str:
     return f"ema_{ema}"
 
 
-def _put_in(model: DiffusionModel, found: checkpoint.Checkpoint, config: Config, name: str) -> None:
-    parameters = Network(model, trains_text(config.model)).trained()
-    given = found.tensors.get(name, {})
-    checkpoint.check_tensors(parameters, given, f"{found.path / name}.safetensors")
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(given[key])
-
-
 def _compare(model: DiffusionModel, written: DiffusionModel, dtype: torch.dtype, out: Path) -> None:
     """Raises SaveError unless the folder holds this very model."""
     same = model.unet.config == written.unet.config and model.schedule.to_config() == written.schedule.to_config()
@@ -90,108 +148,40 @@ def _compare(model: DiffusionModel, written: DiffusionModel, dtype: torch.dtype,
         raise SaveError(f"{out}: read back, it is not the model that was written; is the disk in order?")
 
 
+@torch.no_grad()
+def _compare_stock(out: Path, variant: str | None) -> None:
+    """Raises SaveError unless diffusers' own class, loading the folder, predicts what ours does."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet.from_pretrained(out, subfolder="unet", variant=variant, dtype=torch.float32)
+    stock = UNet2DConditionModel.from_pretrained(
+        out, subfolder="unet", variant=variant, torch_dtype=torch.float32, local_files_only=True
+    ).eval()
+    config, side = unet.config, 2 ** len(unet.config.block_out_channels)
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    x, context = normal(1, config.in_channels, side, side), None
+    if unet.context_width is not None:
+        context = normal(1, 4, unet.context_width)
+    given: dict[str, Any] = {}
+    if config.num_class_embeds is not None:
+        given["class_labels"] = torch.zeros(1, dtype=torch.int64)
+    added = None
+    if config.addition_embed_type == "text_time":
+        sizes = torch.zeros(1, 6)
+        width = (config.projection_class_embeddings_input_dim or 0) - 6 * (config.addition_time_embed_dim or 0)
+        added = {"text_embeds": normal(1, width), "time_ids": sizes}
+    theirs = stock(x, 500.0, context, added_cond_kwargs=added, **given).sample
+    named = {"pooled": added["text_embeds"], "time_ids": added["time_ids"]} if added else {}
+    ours = unet(x, 500.0, context, **named, **given)
+    if not (ours - theirs).abs().max() <= CLOSE * theirs.std():
+        raise SaveError(f"{out}: diffusers' own class predicts something else from it than it was trained to")
+
+
 def _preview(folder: Path, step: int) -> Path | None:
     """The last preview grid of `step` or before it."""
     steps = {int(match[1]): path for path in folder.glob("*") if (match := re.fullmatch(r"step_(\d+)\.png", path.name))}
     return max(((number, path) for number, path in steps.items() if number <= step), default=(0, None))[1]
-
-
-def _recent_loss(metrics: Path, step: int) -> float | None:
-    """The mean of the last losses that were logged up to `step`; a line that was cut short is passed over."""
-    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
-    records = [json.loads(line) for line in lines if step_of(line) <= step]
-    losses = [record["loss"] for record in records if "loss" in record][-RECENT:]
-    return sum(losses) / len(losses) if losses else None
-
-
-def _facts(
-    config: Config, found: checkpoint.Checkpoint, weights: str, model: DiffusionModel, loss: float | None
-) -> str:
-    """The rows of the card's table."""
-    data, embedded, state = config.data, EMBEDDED.get(config.data.train_data_dir), found.state
-    name = embedded.name if embedded else f"{Path(data.train_data_dir).resolve().name}, {state['samples']:,} images"
-    colour = "colour" if model.codec.channels == 3 else "grey"
-    facts = {
-        "Images seen": f"{state['images_seen']:,} in {state['step']:,} steps of {config.train.train_batch_size}",
-        "Data": name,
-        "Licence of the data": data.license or (embedded.license if embedded else "not stated"),
-        "Fingerprint of the data": f"sha256 {state['data']}",
-        "Resolution": f"{data.resolution} x {data.resolution} pixels, {colour}",
-        "Parameters": f"{sum(parameter.numel() for parameter in model.unet.parameters()):,} in the U-Net",
-        "Prediction": model.schedule.prediction_type,
-        "Noise levels": config.objective.noise_distribution,
-        "Weights": "as trained" if weights == "model" else f"moving average, decay {weights.removeprefix('ema_')}",
-        "Loss": "not known" if loss is None else f"{loss:.4f}, mean of the last {RECENT} steps",
-        "Time": f"{state['seconds']:.0f} s",
-    }
-    return "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-
-
-def card(
-    config: Config,
-    found: checkpoint.Checkpoint,
-    weights: str,
-    model: DiffusionModel,
-    name: str,
-    loss: float | None,
-    *,
-    with_grid: bool,
-) -> str:
-    """The model card: what it is, how to draw with it, what it was trained on and how."""
-    pixels = isinstance(model.codec, PixelCodec)
-    library, pipeline = (
-        ("diffusion_unet", "PixelTextToImagePipeline") if pixels else ("diffusers", "StableDiffusionPipeline")
-    )
-    prompts = config.validation.validation_prompts
-    prompt = prompts[0] if prompts else "a prompt"
-    picture = f"\n![{', '.join(prompts)}]({GRID})\n" if with_grid else ""
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags:
-- text-to-image
-- diffusion-unet
----
-
-# {name}
-
-A text-to-image diffusion model, trained with diffusion-unet.
-{picture}
-## Draw with it
-
-```python
-from {library} import {pipeline}
-
-pipe = {pipeline}.from_pretrained({name!r})
-pipe({prompt!r}, num_inference_steps={config.validation.num_inference_steps}, \
-guidance_scale={config.validation.guidance_scale}).images[0].save("picture.png")
-```
-
-    diffusion-unet sample {name} "{prompt}" --seeds 0-7 --out out
-
-It knows what its training images and captions showed, and no more.
-
-## How it was trained
-
-| | |
-|---|---|
-{_facts(config, found, weights, model, loss)}
-
-<details><summary>All settings</summary>
-
-```yaml
-{_recipe(config)}```
-
-</details>
-"""
-
-
-def _recipe(config: Config) -> str:
-    """The settings as YAML, without folders of the machine that it was trained on."""
-    settings: dict[str, Any] = to_dict(config)
-    del settings["train"]["output_dir"]
-    for section, key in (("data", "train_data_dir"), ("model", "pretrained")):
-        folder = settings[section][key]
-        settings[section][key] = folder and Path(folder).name
-    text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    return text

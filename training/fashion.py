@@ -6,6 +6,7 @@ trained by benchmarks/train_fashion_classifier.py on the 60,000 images of the ot
 """
 
 import gzip
+import hashlib
 import zlib
 from dataclasses import dataclass
 from importlib import resources
@@ -81,6 +82,24 @@ class Fashion:
     def image(self, index: int) -> Image.Image:
         """Image `index`, 28 x 28, mode L."""
         return Image.fromarray(self.images[index])
+
+    def original(self, index: int) -> Image.Image:
+        """There is none: raises InputError."""
+        raise InputError("data.original_image_column: fashion-mnist has no pictures to be changed into others")
+
+    def label(self, index: int) -> str:
+        """The noun of the class of image `index`."""
+        return CLASSES[int(self.labels[index])]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(28, 28)."""
+        height, width = self.images[index].shape
+        return width, height
+
+    def stamp(self, index: int) -> str:
+        """A digest of the pixels and captions of image `index`."""
+        content = self.images[index].tobytes() + "\n".join(self.captions(index)).encode()
+        return hashlib.sha256(content).hexdigest()[:32]
 
     def name(self, index: int) -> str:
         """Where image `index` comes from, for messages."""

@@ -5,12 +5,12 @@ micro-batches. What an image contributes is drawn at its address (plan.py), so t
 averages, the optimizer's moments, and one integer: the images seen.
 """
 
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,34 @@ import torch
 from accelerate import Accelerator
 from PIL.Image import Image
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from diffusion_unet.checkpoint import write_bytes
-from diffusion_unet.errors import InputError, NonFiniteError, SaveError, Stopped
+from diffusion_unet.errors import InputError, NonFiniteError, Stopped
 from diffusion_unet.images import grid, save_png
 from diffusion_unet.model import DiffusionModel
 
-from . import checkpoint, data
-from .batches import Batch, Batches, encode
+from . import checkpoint
+from .batches import Batch, Batches, encode, told
 from .config import Config, changed, to_dict
-from .ema import EMA
-from .engine import StopSignal, locked, make_accelerator, make_optimizer, moments, rate_course
-from .evaluate import held_out_loss
-from .network import Network, new_channels, new_model, refuse_other_inputs, trains_text
-from .objective import image_losses
+from .ema import make_emas
+from .engine import StopSignal, cut_as, kept, locked, make_accelerator, own_part, put, resharded, whole
+from .evaluate import level_losses, measure
+from .metrics import LEVELS_EVERY, Metrics, open_trackers
+from .network import Network
+from .objective import huber_c, image_losses
+from .optimizer import averages_itself, evaluating, load_state, make_optimizer, rate_course, set_rates, state_tensors
+from .precompute import keep_latents, keep_texts
+from .prior import fill_class_images
+from .start import shown, start, untrained
+from .uncertainty import weigh
 
 Preview = Callable[[DiffusionModel, list[str], list[int]], list[Image]]
 
-BASE, METRICS, PREVIEWS, BAD = "base", "metrics.jsonl", "previews", "bad.jsonl"
+PREVIEWS = "previews"
 HELD_OUT_IMAGES = 256  # at most, of a held-out loss
 NAMED = 4  # images that a message names
+OWN_AVERAGE = "optimizer"  # name of the averages that a schedule-free optimizer keeps itself
 
 
 def train(config: Config, *, preview: Preview | None = None, progress: bool = True) -> Path:
@@ -64,6 +71,7 @@ def train(config: Config, *, preview: Preview | None = None, progress: bool = Tr
                     " or take another train.output_dir"
                 )
         if not found or found.state["look_due"] or found.state["step"] < config.train.max_train_steps:
+            fill_class_images(config, accelerator, preview, say)
             Trainer(config, accelerator, found, progress=progress, say=say).run(preview)
         say(f"{run}: finished, {config.train.max_train_steps} steps")
     return run
@@ -82,82 +90,62 @@ class Trainer:
         say: Callable[[str], None] = print,
     ):
         self.config, self.accelerator, self.say = config, accelerator, say
+        self.main, self.device = accelerator.is_main_process, accelerator.device
         self.folder = Path(config.train.output_dir)
-        self.progress = progress and accelerator.is_main_process
-        pretrained = self._pretrained(found)
-        channels = pretrained.codec.channels if pretrained else new_channels(config.model, config.data.resolution)
-        self.dataset = self._inspect(channels)
-        if found and found.state.get("data") != self.dataset.fingerprint:
-            raise InputError(
-                f"{found.path}: data.train_data_dir: images or captions are not those that the run began with"
-            )
-        self.model = (pretrained or self._new_model(found is not None)).to(accelerator.device)
-        self._check_prompts()
+        self.progress = progress and self.main
+        self.dataset, self.model, self.pretrained = start(
+            config, accelerator, say, progress=self.progress, again=found is not None
+        )
+        if found:
+            self._refuse_other(found)
         self.batches = Batches(config, self.dataset, self.model, accelerator.process_index, accelerator.num_processes)
-        if self.batches.cut:
-            say(f"{self.batches.cut} captions are longer than the text encoder reads, and are cut")
-        self.network = Network(self.model, trains_text(config.model)).train()
-        if config.train.channels_last:
-            self.network.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.parameters = self.network.trained()
-        self.ema = None if config.train.ema_decay is None else EMA(self.parameters, config.train.ema_decay)
-        self.optimizer = make_optimizer(config.optimizer, self.parameters, accelerator.device)
+        keep_latents(self.batches, accelerator, shown("encoding images", self.progress))
+        keep_texts(self.batches, accelerator, shown("encoding captions", self.progress))
+        self._prepare()
         self.course = rate_course(config)
         self.steps_done, self.seconds = 0, 0.0
         self.look_due = False  # whether the preview and the held-out loss of these weights are still to be made
+        self.levels = level_losses(self.model.schedule, config, reduce=self._sum, main=self.main)
         if found:
             self._restore(found)
-        self.wrapped, self.prepared = accelerator.prepare(self.network, self.optimizer)
-        self.dropout = self.network.has_dropout()
+        trackers = open_trackers(accelerator, self.folder, to_dict(config), self.steps_done)
+        self.metrics = Metrics(self.folder, main=self.main, trackers=trackers)
 
     # ---- before the first step ----
 
-    def _pretrained(self, found: checkpoint.Checkpoint | None) -> DiffusionModel | None:
-        folder = self.config.model.pretrained
-        if folder is None:
-            self.pretrained = None
-            return None
-        model = DiffusionModel.load(folder, dtype=torch.float32)
-        refuse_other_inputs(model.unet.config, "model.pretrained")
-        self.pretrained = model.fingerprint()
-        if found and found.state.get("pretrained") != self.pretrained:
-            raise InputError(f"{found.path}: model.pretrained: {folder} is not the model that the run began with")
-        return model
+    def _refuse_other(self, found: checkpoint.Checkpoint) -> None:
+        """Raises InputError for a checkpoint of other images, or of another model."""
+        if found.state.get("pretrained") != self.pretrained:
+            raise InputError(
+                f"{found.path}: model.pretrained: {self.config.model.pretrained} is not the model that the run began"
+                " with"
+            )
+        if found.state.get("data") != self.dataset.fingerprint:
+            raise InputError(
+                f"{found.path}: data.train_data_dir: images or captions are not those that the run began with"
+            )
 
-    def _check_prompts(self) -> None:
-        prompts = list(self.config.validation.validation_prompts)
-        if self.model.text is None:
-            if prompts:
-                raise InputError("validation.validation_prompts: the model has no text encoder; take them out")
-            return
-        try:
-            self.model.text.tokenize(prompts, refuse_long=True)
-        except InputError as error:
-            raise InputError(f"validation.validation_prompts: {error}") from None
-
-    def _inspect(self, channels: int) -> data.Dataset:
-        config = self.config.data
-
-        def watch(looks: Iterator[Any], count: int) -> Iterator[Any]:
-            return iter(tqdm(looks, "looking at images", count, leave=False, disable=not self.progress, delay=2))
-
-        dataset = data.inspect(data.open_source(config, channels), config, channels, watch)
-        if dataset.bad and self.accelerator.is_main_process:
-            lines = "".join(json.dumps(bad._asdict()) + "\n" for bad in dataset.bad)
-            write_bytes(self.folder / BAD, lines.encode())
-        for line in data.describe_bad(dataset.bad, self.folder / BAD):
-            self.say(line)
-        refusal = data.too_many_bad(dataset, config)
-        if refusal:
-            raise InputError(refusal)
-        return dataset
-
-    def _new_model(self, resumed: bool) -> DiffusionModel:
-        """A model with new weights. It is kept in the run folder: tokenizer and pixel statistics are the run's."""
-        if self.accelerator.is_main_process and not resumed:
-            new_model(self.config.model, self.dataset, self.config.train.seed).save(self.folder / BASE)
-        self.accelerator.wait_for_everyone()
-        return DiffusionModel.load(self.folder / BASE, dtype=torch.float32)
+    def _prepare(self) -> None:
+        """The network, its optimizer and its averages, on the device and over the processes."""
+        config, accelerator = self.config, self.accelerator
+        network = Network(self.model, config).to(self.device).train()
+        network.shrink_frozen(config.train.mixed_precision)
+        if config.train.channels_last and not accelerator.is_fsdp2:  # which cuts contiguous weights only
+            network.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.train.compile:
+            network.unet.compile()
+        if accelerator.is_fsdp2:  # accelerate does it for the others only
+            network.forward = accelerator.autocast()(network.forward)  # type: ignore[method-assign]
+        optimizer = make_optimizer(config.optimizer, network.trained(), self.device)
+        self.wrapped, self.prepared = accelerator.prepare(network, optimizer)
+        self.optimizer = self.prepared.optimizer
+        # What was prepared may have other parameters: cut over the processes.
+        self.network: Network = accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
+        self.parameters = self.network.trained()
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
+        averaged = {n: own_part(value) for n, value in self.parameters.items() if not n.startswith("uncertainty.")}
+        self.emas = make_emas(config.train.ema, averaged)
+        self.dropout = self.network.has_dropout()
 
     # ---- the run ----
 
@@ -165,7 +153,7 @@ class Trainer:
         """Trains to the end. Errors as of `train`."""
         config = self.config
         batch_size, last = config.train.train_batch_size, config.train.max_train_steps
-        self._trim_metrics()
+        self.metrics.trim(self.steps_done)
         bar = tqdm(
             total=last * batch_size,
             initial=self.steps_done * batch_size,
@@ -175,7 +163,7 @@ class Trainer:
             disable=not self.progress,
         )
         smooth = None
-        with StopSignal() as stop, bar:
+        with closing(self.metrics), StopSignal() as stop, bar:
             if self.look_due:  # the run was stopped before it could
                 self._look(preview)
                 self.save()
@@ -186,7 +174,8 @@ class Trainer:
                 smooth = record["loss"] if smooth is None else 0.98 * smooth + 0.02 * record["loss"]
                 bar.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
                 bar.update(batch_size)
-                self._log({"step": self.steps_done, **record, "seconds": round(self.seconds, 3)})
+                levels = {"levels": self.levels.take()} if self.steps_done % LEVELS_EVERY == 0 else {}
+                self.metrics.write({"step": self.steps_done, **record, "seconds": round(self.seconds, 3), **levels})
                 ended = self.steps_done == last
                 self.look_due = ended or self.steps_done % config.validation.validation_steps == 0
                 stopped = self._anyone(stop.stopped)
@@ -203,7 +192,9 @@ class Trainer:
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step with this process's part of it. Raises NonFiniteError before any weight is touched."""
         config, accelerator = self.config, self.accelerator
-        parts = min(config.train.gradient_accumulation_steps, len(batch.indices))
+        # As many on every process: where weights are cut over the processes, each pass is one of all of them.
+        smallest = config.train.train_batch_size // accelerator.num_processes
+        parts = min(config.train.gradient_accumulation_steps, smallest)
         losses = []
         for number in range(parts):
             with nullcontext() if number == parts - 1 else accelerator.no_sync(self.wrapped):
@@ -212,37 +203,40 @@ class Trainer:
         limit = config.optimizer.max_grad_norm
         norm = accelerator.clip_grad_norm_(list(self.parameters.values()), math.inf if limit is None else limit)
         mean = accelerator.reduce(own.sum(), "sum") / config.train.train_batch_size
-        loss, grad_norm = torch.stack([mean, norm.to(mean)]).tolist()
+        loss, grad_norm = torch.stack([mean, whole(norm).to(mean)]).tolist()
         # With a scaled loss (fp16) an infinite gradient is expected: the scale is lowered and the step left out.
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or accelerator.scaler):
             raise self._non_finite(batch, own, loss, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self.course(self.steps_done)
+        set_rates(self.optimizer, self.course(self.steps_done))
         rate = self.optimizer.param_groups[0]["lr"]
         self.prepared.step()
         self.prepared.zero_grad()
+        if self.steps_done == 0:
+            state_tensors(self.optimizer, self.parameters)  # one that cannot be saved fails now
+        self.levels.add(batch.sigma, own)
         self.steps_done += 1
-        if self.ema:
-            self.ema.update(self.steps_done)
+        for ema in self.emas:
+            ema.update(self.steps_done)
         return {"loss": loss, "lr": rate, "grad_norm": grad_norm if math.isfinite(grad_norm) else -1.0}
 
     def _backward(self, batch: Batch) -> Tensor:
         """Adds to the gradients, and returns the losses of the images [B]."""
-        device, sigma = self.accelerator.device, batch.sigma
-        x0, noise = encode(batch, self.model, device), batch.noise.to(device)
+        device, sigma = self.device, batch.sigma
+        dtype = next(iter(self.parameters.values())).dtype
+        x0, noise = encode(batch, self.model, device).to(dtype), batch.noise.to(device, dtype)
         if self.config.train.channels_last:
             x0, noise = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x0, noise))
-        x = x0 + sigma.to(device, torch.float32).view(-1, 1, 1, 1) * noise
+        x = x0 + sigma.to(device, dtype).view(-1, 1, 1, 1) * noise
         target = self.model.schedule.target(x0, noise, sigma)
-        ids = None if batch.ids is None else batch.ids.to(device)
+        inputs = told(batch, self.model, device)
         with torch.random.fork_rng(enabled=self.dropout):
             if self.dropout:
                 torch.manual_seed(self.config.train.seed + batch.indices.start)
-            output = self.wrapped(x, sigma, ids)
-        losses = image_losses(output, target, batch.weight)
+            output, u = self.wrapped(x, sigma, **inputs)
+        losses = image_losses(output, target, batch.weight, huber_c(self.config.objective))
         # Processes average their gradients, and the mean is over all images of the step.
         share = self.accelerator.num_processes / self.config.train.train_batch_size
-        self.accelerator.backward(losses.sum() * share)
+        self.accelerator.backward((losses if u is None else weigh(losses, u)).sum() * share)
         return losses.detach()
 
     def _non_finite(self, batch: Batch, losses: Tensor, loss: float, grad_norm: float) -> NonFiniteError:
@@ -256,18 +250,24 @@ class Trainer:
             " lower optimizer.learning_rate"
         )
 
+    def _sum(self, values: Tensor) -> Tensor:
+        """Over all processes, float64 on the CPU."""
+        if self.accelerator.num_processes == 1:
+            return values
+        total: Tensor = self.accelerator.reduce(values.to(self.device), "sum")
+        return total.cpu()
+
     def _anyone(self, flag: bool) -> bool:
         """Whether any process says so; all of them get the same answer."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum"))
+        return bool(self._sum(torch.tensor(float(flag))))
 
     # ---- what is written ----
 
     def save(self) -> None:
         """Writes a checkpoint, by the main process. Raises SaveError, and NonFiniteError where weights are spoilt."""
-        if self.accelerator.is_main_process:
-            self._check_weights()
+        tensors, scalars = self._state()
+        levels = self.levels.state()
+        if self.main:
             scaler = self.accelerator.scaler
             state = {
                 "images_seen": self.steps_done * self.config.train.train_batch_size,
@@ -276,102 +276,118 @@ class Trainer:
                 "pretrained": self.pretrained,
                 "samples": len(self.dataset),
                 "look_due": self.look_due,
+                "levels": levels,
+                "optimizer": scalars,
                 "scaler": scaler.state_dict() if scaler else None,
                 "config": to_dict(self.config),
             }
             limit = self.config.train.checkpoints_total_limit
-            checkpoint.save(self.folder, self.steps_done, state, self._tensors(), limit)
+            checkpoint.save(self.folder, self.steps_done, state, tensors, limit)
         self.accelerator.wait_for_everyone()
 
-    def _check_weights(self) -> None:
-        tensors = self._tensors()
-        for name, tensor in (pair for part, pairs in tensors.items() if part != "optimizer" for pair in pairs.items()):
+    def _check_weights(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        for name, tensor in (pair for pairs in tensors.values() for pair in pairs.items()):
             if not tensor.square().sum().isfinite():  # so large that squares overflow is as useless as infinite
                 raise NonFiniteError(
                     f"step {self.steps_done}: the weights {name} are infinite, or nearly, and nothing was saved:"
                     " lower optimizer.learning_rate"
                 )
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors of the run's state, by file: the live ones, so that copying into them restores it."""
-        averages = {f"ema_{self.ema.name}": self.ema.state()} if self.ema else {}
-        return {
-            "model": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            **averages,
-            "optimizer": moments(self.optimizer, self.parameters),
-        }
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        """The live weights and averages by file, so that copying into them restores them."""
+        weights = {"model": {name: parameter.detach() for name, parameter in self.parameters.items()}}
+        for ema in self.emas:
+            weights[f"ema_{ema.name}"] = {n: cut_as(self.parameters[n], part) for n, part in ema.state().items()}
+        return weights
+
+    def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """All tensors of the run's state by file, whole on the main process; what of the optimizer's state JSON holds.
+
+        Raises NonFiniteError where weights are spoilt."""
+        weights = self._weights()
+        if averages_itself(self.optimizer):
+            with evaluating(self.optimizer):
+                weights[f"ema_{OWN_AVERAGE}"] = {name: value.clone() for name, value in weights["model"].items()}
+        self._check_weights(weights)
+        moments, scalars = state_tensors(self.optimizer, self.parameters)
+        parts = {**weights, "optimizer": moments}
+        return {part: {k: kept(v, self.main) for k, v in pairs.items()} for part, pairs in parts.items()}, scalars
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         """Takes the state over from a checkpoint, after all of it was checked."""
-        live = self._tensors()
+        live = self._weights()
         for name, tensors in live.items():
             source = f"{found.path / name}.safetensors"
             if name not in found.tensors:
                 raise InputError(f"{source}: missing, and this run needs it")
             checkpoint.check_tensors(tensors, found.tensors[name], source)
-        for name, tensors in live.items():
-            for key, tensor in tensors.items():
-                tensor.copy_(found.tensors[name][key])
+        source = f"{found.path / 'optimizer'}.safetensors"
+        moments = found.tensors.get("optimizer", {})
+        load_state(self.optimizer, self.parameters, moments, found.state.get("optimizer", {}), source)
+        with torch.no_grad():
+            for name, tensors in live.items():
+                for key, tensor in tensors.items():
+                    put(tensor, found.tensors[name][key])
         self.steps_done, self.seconds = found.state["step"], found.state["seconds"]
         self.look_due = found.state["look_due"]
+        self.levels.restore(found.state["levels"])
         if self.accelerator.scaler and found.state["scaler"]:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
 
-    def _trim_metrics(self) -> None:
-        """Takes out what was logged after the checkpoint: those steps are done again."""
-        path = self.folder / METRICS
-        if self.accelerator.is_main_process and path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            write_bytes(path, b"".join(line for line in lines if step_of(line) <= self.steps_done))
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            try:
-                with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise SaveError(f"{self.folder / METRICS}: cannot be written ({error.strerror})") from error
-
     def _look(self, preview: Preview | None) -> None:
         """The preview grid and the held-out loss. Where they fail, the run is saved before the error is raised."""
-        if self.accelerator.is_main_process:
-            self._check_weights()
-            try:
+        self._check_weights(self._weights())
+        try:
+            if self.main or self.sharded:
                 self._draw_and_measure(preview)
-            except Exception:  # whatever it was, the weights are as they were
+        except Exception:  # whatever it was, the weights are as they were
+            if self.accelerator.num_processes == 1:  # others would have to come along
                 self.save()
-                raise
+            raise
         self.look_due = False
         self.accelerator.wait_for_everyone()
 
     def _draw_and_measure(self, preview: Preview | None) -> None:
-        """With the averaged weights where there are any."""
+        """Pictures by the first average, or where there is none by the weights themselves; losses by all of them."""
         prompts, count = list(self.config.validation.validation_prompts), self.config.validation.num_validation_images
+        unprompted = self.model.text is None and self.config.model.task == "text-to-image"
+        weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {"raw": nullcontext}
+        weights |= {ema.name: ema.swapped_in for ema in self.emas}
+        if averages_itself(self.optimizer):
+            weights[OWN_AVERAGE] = partial(evaluating, self.optimizer)
+        best = next(iter([*list(weights)[1:], "raw"]))
+        weights = {name: partial(resharded, self.network, in_place) for name, in_place in weights.items()}
         self.network.eval()
-        with self.ema.swapped_in() if self.ema else nullcontext(), torch.no_grad():
-            if preview is not None and prompts:
-                images = preview(self.model, prompts, list(range(count)))
-                save_png(self.folder / PREVIEWS / f"step_{self.steps_done:06d}.png", grid(images, prompts, count))
-            batch = self.batches.held_out_batch(HELD_OUT_IMAGES)
-            if batch is not None:
-                losses = held_out_loss(self.network, self.model, batch, self.config.objective)
-                self._log({"step": self.steps_done, "held_out_loss": losses})
-        self.network.train()
+        try:
+            with weights[best](), torch.no_grad():
+                model = self._gathered() if self.sharded and preview is not None and prompts else self.model
+                if preview is not None and (prompts or unprompted) and self.main:
+                    sheet = grid(preview(model, prompts, list(range(count))), prompts or [""], count)
+                    save_png(self.folder / PREVIEWS / f"step_{self.steps_done:06d}.png", sheet)
+        finally:
+            self.network.train()
+        if self.config.data.held_out:
+            batches = {
+                "held_out_loss": self.batches.held_out_batches(HELD_OUT_IMAGES),
+                "training_loss": self.batches.training_batches(min(HELD_OUT_IMAGES, self.config.data.held_out)),
+            }
+            losses = measure(self.network, self.model, batches, weights, self.config)
+            self.metrics.write({"step": self.steps_done, **losses})
+
+    def _gathered(self) -> DiffusionModel:
+        """On the main process the model with all of its weights, which are otherwise cut over the processes."""
+        state = {key: kept(value, self.main) for key, value in self.network.state_dict().items()}
+        if not self.main:
+            return self.model
+        model = untrained(self.config).to(self.device)
+        Network(model, self.config).to(self.device).load_state_dict(state)
+        return model
 
 
 def _refuse_changes(found: checkpoint.Checkpoint, config: Config) -> None:
     changes = changed(found.state.get("config", {}), to_dict(config))
     if changes:
         raise InputError(f"{found.path}: it cannot go on with {'; '.join(changes)}: take another train.output_dir")
-
-
-def step_of(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinity for a line that was cut short."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return math.inf
-    return record.get("step", math.inf) if isinstance(record, dict) else math.inf
 
 
 def _say(message: str) -> None:

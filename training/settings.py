@@ -85,7 +85,11 @@ def build(kind: Any, tree: Any, source: str, prefix: str = "", root: Any = None)
     values: dict[str, Any] = {}
     for name, spec in fields.items():
         section, given = _section(spec.type), tree.get(name)
-        if given is None and name in tree and types.NoneType in _choices(spec.type):
+        if (
+            given is None
+            and types.NoneType in _choices(spec.type)
+            and (name in tree or (section and spec.default is None))
+        ):
             values[name] = None
         elif section:
             values[name] = build(section, {} if given is None else given, source, f"{prefix}{name}.", root)
@@ -104,7 +108,7 @@ def _convert(value: Any, spec: "dataclasses.Field[Any]", key: str) -> Any:
             if (low is None or value >= low) and (high is None or value <= high):
                 return choice(value)
         elif _accepts(choice, value):
-            return tuple(value) if isinstance(value, list) else value
+            return tuple(map(str, value)) if isinstance(value, list) else value
     limits = " and ".join(
         f"{word} {bound:g}" for word, bound in (("at least", low), ("at most", high)) if bound is not None
     )
@@ -124,7 +128,8 @@ def _accepts(choice: Any, value: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if origin is tuple:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        # A number in a list of texts is meant as it is written: [0.9999], or a prompt of digits.
+        return isinstance(value, list) and all(type(item) in (str, int, float) for item in value)
     return choice in (bool, str) and isinstance(value, choice)
 
 

@@ -1,0 +1,183 @@
+"""The model card: what was trained, on what and how, and how to draw with it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion_unet.codec import PixelCodec
+from diffusion_unet.model import DiffusionModel
+from diffusion_unet.model_index import index_of
+
+from . import checkpoint
+from .adapters import EMBEDDING_FILE, LORA_FILE
+from .config import Config, to_dict
+from .metrics import METRICS, load
+from .sources import EMBEDDED
+
+GRID = "grid.png"
+RECENT = 100  # steps over which the card's loss is averaged
+FOLDERS = (  # settings
+    "data.train_data_dir",
+    "data.class_data_dir",
+    "data.cache_dir",
+    "model.pretrained",
+    "model.pretrained_config",
+    "model.vae",
+    "model.pretrained_text_encoder",
+)
+SCORES = "\n## Scores\n"
+
+
+def card(
+    config: Config, found: checkpoint.Checkpoint, weights: str, model: DiffusionModel, name: str, *, with_grid: bool
+) -> str:
+    """README.md of the export `name` of a run, with its picture where there is one.
+
+    weights: which file of the checkpoint they are from, "model" or "ema_..."."""
+    prompts = config.validation.validation_prompts
+    picture = f"\n![{', '.join(prompts)}]({GRID})\n" if with_grid else ""
+    part = "lora" if config.model.adapter else "textual_inversion" if config.model.textual_inversion else None
+    base = f"base_model: {Path(config.model.pretrained).name}\n" if part and config.model.pretrained else ""
+    return f"""---
+library_name: diffusers
+pipeline_tag: {_PIPELINE_TAGS[config.model.task]}
+{base}tags:
+- {config.model.task}
+- diffusion-unet{f"{chr(10)}- {part.replace('_', '-')}" if part else ""}
+---
+
+# {name}
+
+{_what(config, model)}, trained with diffusion-unet.
+{picture}
+## Draw with it
+
+```python
+{_usage(config, model, name)}
+```
+{_command(config, name)}
+It knows what its training images and captions showed, and no more.
+
+## How it was trained
+
+| | |
+|---|---|
+{_facts(config, found, weights, model)}
+
+<details><summary>All settings</summary>
+
+```yaml
+{_recipe(config)}```
+
+</details>
+"""
+
+
+_PIPELINE_TAGS = {
+    "text-to-image": "text-to-image",
+    "inpaint": "image-to-image",
+    "instruct-pix2pix": "image-to-image",
+}
+
+
+def _what(config: Config, model: DiffusionModel) -> str:
+    if config.model.adapter is not None:
+        return f"A {'LoRA' if config.model.adapter.kind == 'lora' else 'DoRA'} for a text-to-image diffusion model"
+    if config.model.textual_inversion is not None:
+        return f"A new word, {config.model.textual_inversion.placeholder_token}, for a text-to-image diffusion model"
+    if model.class_names is not None:
+        return "A class-conditional diffusion model"
+    if model.text is None:
+        return "An unconditional diffusion model"
+    return {
+        "text-to-image": "A text-to-image diffusion model",
+        "inpaint": "A diffusion model that fills holes in pictures",
+        "instruct-pix2pix": "A diffusion model that changes pictures as it is told",
+    }[config.model.task]
+
+
+def _usage(config: Config, model: DiffusionModel, name: str) -> str:
+    """Lines of Python that draw a picture."""
+    validation = config.validation
+    prompt = validation.validation_prompts[0] if validation.validation_prompts else "a prompt"
+    library = "diffusion_unet" if isinstance(model.codec, PixelCodec) else "diffusers"
+    pipeline = index_of(model)["_class_name"]
+    folder, load_part = name, ""
+    if config.model.adapter is not None or config.model.textual_inversion is not None:
+        folder = Path(str(config.model.pretrained)).name
+        one = ("lora_weights", LORA_FILE) if config.model.adapter else ("textual_inversion", EMBEDDING_FILE)
+        load_part = f"\npipe.load_{one[0]}({name!r}, weight_name={one[1]!r})"
+    said = "" if model.text is None else f"{prompt!r}, "
+    given = {"text-to-image": "", "inpaint": "image=picture, mask_image=mask, ", "instruct-pix2pix": "image=picture, "}
+    return f"""from {library} import {pipeline}
+
+pipe = {pipeline}.from_pretrained({folder!r}){load_part}
+pipe({said}{given[config.model.task]}num_inference_steps={validation.num_inference_steps}, \
+guidance_scale={validation.guidance_scale}).images[0].save("picture.png")"""
+
+
+def _command(config: Config, name: str) -> str:
+    whole = config.model.adapter is None and config.model.textual_inversion is None
+    if not whole or config.model.task != "text-to-image":
+        return ""
+    prompts = config.validation.validation_prompts
+    return f'\n    diffusion-unet sample {name} "{prompts[0] if prompts else "a prompt"}" --seeds 0-7 --out out\n'
+
+
+def _facts(config: Config, found: checkpoint.Checkpoint, weights: str, model: DiffusionModel) -> str:
+    """The rows of the card's table."""
+    data, state, folder = config.data, found.state, config.data.train_data_dir
+    embedded = EMBEDDED.get(folder or "")
+    name = data.dataset_name or Path(folder or "").resolve().name
+    colour = "colour" if model.codec.channels == 3 else "grey"
+    size = f"about {data.resolution}^2" if data.aspect_buckets else f"{data.resolution} x {data.resolution}"
+    average = weights.removeprefix("ema_")
+    facts = {
+        "Images seen": f"{state['images_seen']:,} in {state['step']:,} steps of {config.train.train_batch_size}",
+        "Data": embedded.name if embedded else f"{name}, {state['samples']:,} images",
+        "Licence of the data": data.license or (embedded.license if embedded else "not stated"),
+        "Fingerprint of the data": f"sha256 {state['data']}",
+        "Resolution": f"{size} pixels, {colour}",
+        "Parameters": f"{sum(parameter.numel() for parameter in model.unet.parameters()):,} in the U-Net",
+        "Prediction": model.schedule.prediction_type,
+        "Noise levels": config.objective.noise_distribution,
+        "Weights": "as trained" if weights == "model" else f"moving average, {average}",
+        **_losses(Path(config.train.output_dir) / METRICS, state["step"], average if weights != "model" else "raw"),
+        "Time": f"{state['seconds']:.0f} s",
+    }
+    return "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+
+
+def _losses(metrics: Path, step: int, weights: str) -> dict[str, str]:
+    """The mean of the last losses that were logged up to `step`, and of the last held-out loss."""
+    records = [record for record in load(metrics) if record["step"] <= step] if metrics.is_file() else []
+    losses = [record["loss"] for record in records if record.get("loss") is not None][-RECENT:]
+    facts = {"Loss": f"{sum(losses) / len(losses):.4f}, mean of the last {RECENT} steps" if losses else "not known"}
+    looks = [record["held_out_loss"].get(weights) for record in records if "held_out_loss" in record]
+    if looks and looks[-1]:
+        values = [value for value in looks[-1].values() if value is not None]
+        facts["Held-out loss"] = f"{sum(values) / len(values):.4f}, mean of {len(values)} noise levels"
+    return facts
+
+
+def _recipe(config: Config) -> str:
+    """The settings as YAML, without folders of the machine that it was trained on."""
+    settings: dict[str, Any] = to_dict(config)
+    del settings["train"]["output_dir"]
+    for place in FOLDERS:
+        section, _, key = place.partition(".")
+        folder = settings[section][key]
+        settings[section][key] = folder and Path(folder).name
+    text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def with_scores(text: str, scores: Mapping[str, Any]) -> str:
+    """The card with these scores, in the place of those that it had."""
+    before, _, after = text.partition(SCORES)
+    rest = after.partition("\n## ")
+    table = json.dumps(scores, indent=2)
+    return f"{before.rstrip()}\n{SCORES}\n```json\n{table}\n```\n" + (f"\n## {rest[2]}" if rest[1] else "")

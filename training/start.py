@@ -1,0 +1,120 @@
+"""What a run begins with: the samples that it may use, and the model as it is before the first step."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from diffusion_unet.checkpoint import write_bytes
+from diffusion_unet.conditioning import PromptEncoder
+from diffusion_unet.errors import InputError
+from diffusion_unet.model import DiffusionModel
+
+from . import data
+from .config import Config, DataConfig
+from .network import fit_to_task, load_pretrained, new_channels, new_model, told_by
+
+BASE = "base"  # folder of the model of a run from nothing, as it was before the first step
+AT_ONCE = 1024  # captions
+BAD, INDEX = "bad.jsonl", "index.jsonl"
+
+
+def start(
+    config: Config, accelerator: Accelerator, say: Callable[[str], None], *, progress: bool = False, again: bool = False
+) -> tuple[data.Dataset, DiffusionModel, str | None]:
+    """The samples, the model to be trained, float32 on the device, and the fingerprint of `model.pretrained`.
+
+    again: the run has begun before, and its new model is in the run folder. Called by all processes. Raises InputError,
+    SaveError."""
+    pretrained = load_pretrained(config.model) if config.model.pretrained else None
+    fingerprint = pretrained.fingerprint() if pretrained else None
+    channels = pretrained.codec.channels if pretrained else new_channels(config.model, config.data.resolution)
+    told = told_by(config.model, pretrained)
+    dataset = _look(config, accelerator, channels, told, say, shown("looking at images", progress))
+    if pretrained is None and not again:
+        # A new model is kept: its tokenizer and pixel statistics are the run's.
+        if accelerator.is_main_process:
+            new_model(config, dataset).save(Path(config.train.output_dir) / BASE)
+        accelerator.wait_for_everyone()
+    model = (fit_to_task(pretrained, config) if pretrained else untrained(config)).to(accelerator.device)
+    if model.text is not None and accelerator.is_main_process and (cut := count_cut(model.text, dataset)):
+        say(f"{cut} captions are longer than the text encoder reads, and are cut")
+    _check_prompts(config, model)
+    return dataset, model, fingerprint
+
+
+def count_cut(text: PromptEncoder, dataset: data.Dataset) -> int:
+    """How many different captions are longer than the text encoder reads."""
+    captions = list(dict.fromkeys(caption for captions in dataset.captions for caption in captions))
+    return sum(text.tokenize(captions[start : start + AT_ONCE])[1] for start in range(0, len(captions), AT_ONCE))
+
+
+def untrained(config: Config) -> DiffusionModel:
+    """The model as it was before the first step, with what is trained beside it. Raises InputError."""
+    if config.model.pretrained:
+        model = load_pretrained(config.model)
+    else:
+        model = DiffusionModel.load(Path(config.train.output_dir) / BASE, dtype=torch.float32)
+    return fit_to_task(model, config)
+
+
+def with_cache(config: Config) -> DataConfig:
+    """The settings of the data with the folder of caches that they leave to the run."""
+    folder = config.data.cache_dir or str(Path(config.train.output_dir) / "cache")
+    return dataclasses.replace(config.data, cache_dir=folder)
+
+
+def shown(what: str, progress: bool) -> data.Watch:
+    """Shows the progress of something that may take long."""
+
+    def watch(items: Iterator[Any], count: int) -> Iterator[Any]:
+        return iter(tqdm(items, what, count, leave=False, disable=not progress, delay=2))
+
+    return watch
+
+
+def _look(
+    config: Config,
+    accelerator: Accelerator,
+    channels: int,
+    told: data.Told,
+    say: Callable[[str], None],
+    watch: data.Watch,
+) -> data.Dataset:
+    """The main process looks at the samples, the others read what it saw."""
+    run, main = Path(config.train.output_dir), accelerator.is_main_process
+    index = Path(str(with_cache(config).cache_dir)) / INDEX
+
+    def look() -> data.Dataset:
+        source = data.open_data(with_cache(config), channels)
+        return data.inspect(source, config.data, channels, told=told, index=index, watch=watch, write=main)
+
+    dataset = look() if main else None
+    accelerator.wait_for_everyone()
+    dataset = dataset or look()
+    if dataset.bad and main:
+        lines = "".join(json.dumps(bad._asdict()) + "\n" for bad in dataset.bad)
+        write_bytes(run / BAD, lines.encode())
+    for line in data.describe_bad(dataset.bad, run / BAD):
+        say(line)
+    refusal = data.too_many_bad(dataset, config.data)
+    if refusal:
+        raise InputError(refusal)
+    return dataset
+
+
+def _check_prompts(config: Config, model: DiffusionModel) -> None:
+    prompts = list(config.validation.validation_prompts)
+    if model.text is None:
+        if prompts:
+            raise InputError("validation.validation_prompts: the model has no text encoder; take them out")
+        return
+    try:
+        model.text.tokenize(prompts, refuse_long=True)
+    except InputError as error:
+        raise InputError(f"validation.validation_prompts: {error}") from None
