@@ -124,3 +124,29 @@ def command() -> str:
     if script.exists():
         return shlex.quote(os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script))
     return f"{shlex.quote(sys.executable)} -m diffusion_unet"
+
+
+def nobody_reads() -> bool:
+    """Whether stdout was closed at its other end (`... | head`). What is left to print then goes nowhere."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def quote(path: Path) -> str:
+    """As a shell reads it."""
+    return shlex.quote(str(path))
+
+
+def tell(message: str, exit_code: int) -> int:
+    """Prints an error as one line on stderr, and returns the exit code."""
+    print("error: " + plain(" ".join(message.split("\n"))), file=sys.stderr, flush=True)
+    return exit_code
+
+
+def plain(line: str) -> str:
+    """What stands in a name or a file that came from elsewhere does not get to steer the terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

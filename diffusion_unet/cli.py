@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_unet import __version__, options, sibling
-from diffusion_unet.arguments import Parser, command, split_overrides, suggest
+from diffusion_unet.arguments import Parser, command, nobody_reads, plain, quote, split_overrides, suggest, tell
 from diffusion_unet.errors import Failure, InputError, SaveError
 from diffusion_unet.options import CONFIGS
 
@@ -41,44 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stdout.flush()
     except Failure as failure:
-        return _tell(str(failure), failure.exit_code)
+        return tell(str(failure), failure.exit_code)
     except KeyboardInterrupt as stop:
-        return _tell(str(stop) or "interrupted", INTERRUPTED)
+        return tell(str(stop) or "interrupted", INTERRUPTED)
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not nobody_reads():
             raise
     except OSError as error:
         where = error.filename or "a file"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _tell(f"{where}: no space left: make room, and run this again", SaveError.exit_code)
+            return tell(f"{where}: no space left: make room, and run this again", SaveError.exit_code)
         if error.errno == errno.ENAMETOOLONG:
-            return _tell(f"{where}: too long for a path", InputError.exit_code)
+            return tell(f"{where}: too long for a path", InputError.exit_code)
         raise
     return 0
-
-
-def _nobody_reads() -> bool:
-    """Whether stdout was closed at its other end (`... | head`). What is left to print then goes nowhere."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
-
-
-def _quote(path: Path) -> str:
-    return shlex.quote(str(path))
-
-
-def _tell(message: str, exit_code: int) -> int:
-    print("error: " + _plain(" ".join(message.split("\n"))), file=sys.stderr, flush=True)
-    return exit_code
-
-
-def _plain(line: str) -> str:
-    """What stands in a name or a file that came from elsewhere does not get to steer the terminal."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 # --- verbs
@@ -111,14 +86,27 @@ def _train(arguments: argparse.Namespace) -> None:
 
     run = _train_with_previews(load_config(_find_config(arguments.config), arguments.overrides))
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        print(f"Run: {run}. Next: {command()} export {_quote(run)} {_quote(run / 'model')}")
+        print(f"Run: {run}. Next: {command()} export {quote(run)} {quote(run / 'model')}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    sibling("training")
+    from training.config import load_config
+    from training.preflight import check
+
+    config = load_config(_find_config(arguments.config), arguments.overrides)
+    report = check(config, progress=sys.stderr.isatty())
+    text = report.as_json() if arguments.json else "\n".join(map(plain, report.as_text().split("\n")))
+    print(text, flush=True)
+    if report.would_fail:
+        raise InputError(report.would_fail)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     names = ("ema", "dtype", "variant", "layout")
     out = _export_run(Path(arguments.source), Path(arguments.out), **{name: getattr(arguments, name) for name in names})
     if (out / "model_index.json").is_file():
-        print(f'Model: {out}. Next: {command()} sample {_quote(out)} "a prompt" --seeds 0-7 --out out')
+        print(f'Model: {out}. Next: {command()} sample {quote(out)} "a prompt" --seeds 0-7 --out out')
     else:
         print(f"Written: {out}")
 
@@ -176,7 +164,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     else:
         scores = _score_prompts(arguments, **settings)
     if arguments.card:
-        _write_scores(Path(arguments.model) / "README.md", scores)
+        from training.card import write_scores
+
+        write_scores(Path(arguments.model) / "README.md", scores)
     print(json.dumps(scores, indent=2))
 
 
@@ -184,7 +174,7 @@ def _info(arguments: argparse.Namespace) -> None:
     from diffusion_unet.info import describe
 
     for key, value in describe(Path(arguments.path)).items():
-        print(_plain(f"{key}: {value}"))
+        print(plain(f"{key}: {value}"))
 
 
 # --- what the verbs take from both siblings
@@ -297,16 +287,6 @@ def _score_prompts(arguments: argparse.Namespace, **settings: Any) -> dict[str, 
     return {**scores, **named, **{name: value for name, value in settings.items() if name != "batch_size"}}
 
 
-def _write_scores(card: Path, scores: dict[str, Any]) -> None:
-    sibling("training")
-    from diffusion_unet.checkpoint import write_bytes
-    from training.card import with_scores
-
-    if not card.is_file():
-        raise InputError(f"{card}: there is no card that scores could be written into; leave --card out")
-    write_bytes(card, with_scores(card.read_text(encoding="utf-8"), scores).encode())
-
-
 # --- parser
 
 
@@ -350,6 +330,15 @@ VERBS = {
   diffusion-unet quickstart --train.max_train_steps=50 --output-dir runs/short
 
 --section.key=value changes a setting of configs/quickstart.yaml; `diffusion-unet train --help` lists them.""",
+        overrides=True,
+    ),
+    "check": _Verb(
+        "look at data, model and settings of a run before it begins: all faults at once, and what it will take",
+        _check,
+        options.check,
+        """examples:
+  diffusion-unet check configs/quickstart.yaml
+  diffusion-unet check configs/quickstart.yaml --data.train_data_dir=my/images --json""",
         overrides=True,
     ),
     "train": _Verb(

@@ -24,6 +24,12 @@ def quickstart(parser: Parser) -> None:
     parser.add_argument("--output-dir", default="runs/quickstart", help="folder for all that it makes (%(default)s)")
 
 
+def check(parser: Parser) -> None:
+    parser.usage = "diffusion-unet check CONFIG [--json] [--section.key=value ...]"
+    parser.add_argument("config", metavar="CONFIG", help="as for `train`, whose settings it takes")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
 def train(parser: Parser, settings: str) -> None:
     parser.usage = "diffusion-unet train CONFIG [--section.key=value ...]"
     shipped = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))

@@ -136,7 +136,7 @@ def test_a_config_that_comes_along_is_found_by_its_name(
     ("argv", "words"),
     [
         ("trian x", "unknown verb trian: did you mean train?"),
-        ("frobnicate", "the verbs are quickstart, train"),
+        ("frobnicate", "the verbs are quickstart, check, train"),
         ("sample", "MODEL"),
         ("sample m a --step 3", "unknown argument --step: did you mean --steps?"),
         ("sample m a --steps 0", "'0' is no whole number from 1"),

@@ -13,6 +13,7 @@ from tiny_run import image_folder, tiny_config
 from diffusion_unet.errors import InputError, SaveError
 from diffusion_unet.model import DiffusionModel
 from training import checkpoint, export, exporting, train
+from training.card import write_scores
 from training.evaluate import prompt_accuracy
 
 
@@ -171,3 +172,15 @@ def test_prompt_accuracy() -> None:
     assert prompt_accuracy(pixels, [0, 1, 1], Brightest()) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="no images"):
         prompt_accuracy([], [], Brightest())
+
+
+def test_scores_go_into_the_card_and_replace_those_before(run: Path, tmp_path: Path) -> None:
+    out = export(run, tmp_path / "model")
+    before = (out / "README.md").read_text()
+    for scores in ({"kid": 0.25}, {"kid": 0.125, "images": 3}):
+        write_scores(out / "README.md", scores)
+        text = (out / "README.md").read_text()
+        assert text.startswith(before.rstrip()) and text.count("## Scores") == 1
+        assert json.loads(text.partition("```json\n")[2].partition("```")[0]) == scores
+    with pytest.raises(InputError, match="there is no card"):
+        write_scores(tmp_path / "README.md", {})

@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
+from diffusion_unet.checkpoint import write_bytes
 from diffusion_unet.codec import PixelCodec
+from diffusion_unet.errors import InputError
 from diffusion_unet.model import DiffusionModel
 from diffusion_unet.model_index import index_of
 
@@ -175,9 +177,11 @@ def _recipe(config: Config) -> str:
     return text
 
 
-def with_scores(text: str, scores: Mapping[str, Any]) -> str:
-    """The card with these scores, in the place of those that it had."""
-    before, _, after = text.partition(SCORES)
+def write_scores(path: Path, scores: Mapping[str, Any]) -> None:
+    """Puts scores into a card, in the place of those that it had. Raises InputError without a card, SaveError."""
+    if not path.is_file():
+        raise InputError(f"{path}: there is no card that scores could be written into; leave --card out")
+    before, _, after = path.read_text(encoding="utf-8").partition(SCORES)
     rest = after.partition("\n## ")
-    table = json.dumps(scores, indent=2)
-    return f"{before.rstrip()}\n{SCORES}\n```json\n{table}\n```\n" + (f"\n## {rest[2]}" if rest[1] else "")
+    text = f"{before.rstrip()}\n{SCORES}\n```json\n{json.dumps(scores, indent=2)}\n```\n"
+    write_bytes(path, (text + (f"\n## {rest[2]}" if rest[1] else "")).encode())

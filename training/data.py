@@ -210,7 +210,7 @@ def inspect(
     dataset = Dataset(
         source, channels, buckets, [], [], [], [], [], [], 0.0, 0.0, "", 0, config.cache_in_memory * 2**20
     )
-    known = _read_index(index, config, channels, told)
+    known = read_index(index, config, channels, told)
     count = min(len(source), config.max_train_samples or len(source))
     instances = len(source.instances) if isinstance(source, Instances) else count
     looked: list[Look] = []
@@ -252,8 +252,8 @@ def _look(
     try:
         stamp = f"{source.name(index)} {source.stamp(index)}"
         if (found := known.get(stamp)) is not None:
-            return found, [] if found.reason else _texts(source, told, index), None
-        captions, size = _texts(source, told, index), source.size(index)
+            return found, [] if found.reason else texts(source, told, index), None
+        captions, size = texts(source, told, index), source.size(index)
         if min(size) < config.min_size:
             raise InputError(f"{size[0]}x{size[1]} pixels, and data.min_size is {config.min_size}")
         if config.look == "quick":
@@ -270,7 +270,7 @@ def _look(
     return Look(stamp, size, values, content.hexdigest()), captions, image
 
 
-def _texts(source: Source, told: Told, index: int) -> list[str]:
+def texts(source: Source, told: Told, index: int) -> list[str]:
     """What the network may be told of the sample, in words."""
     if told == "caption":
         return source.captions(index)
@@ -283,7 +283,7 @@ def _index_header(config: DataConfig, channels: int, told: Told) -> str:
     return json.dumps([INDEX_FORMAT, channels, told, *(getattr(config, name) for name in names)])
 
 
-def _read_index(path: Path | None, config: DataConfig, channels: int, told: Told) -> dict[str, Look]:
+def read_index(path: Path | None, config: DataConfig, channels: int, told: Told) -> dict[str, Look]:
     """What was seen before, by stamp; nothing where the file is another's, or damaged: then all is looked at anew."""
     if path is None or not path.is_file():
         return {}

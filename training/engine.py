@@ -36,8 +36,8 @@ def make_accelerator(config: Config) -> Accelerator:
             f"ACCELERATE_MIXED_PRECISION is {asked} and train.mixed_precision {precision}: give"
             f" --train.mixed_precision={asked}, or take mixed_precision out of the accelerate config"
         )
+    trackers = tracker_settings(config.train.report_to, Path(config.train.output_dir))
     try:
-        trackers = tracker_settings(config.train.report_to, Path(config.train.output_dir))
         accelerator = Accelerator(mixed_precision=config.train.mixed_precision, fsdp_plugin=sharding, **trackers)
     except ValueError as error:
         line = " ".join(str(error).split())

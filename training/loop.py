@@ -56,7 +56,7 @@ def train(config: Config, *, preview: Preview | None = None, progress: bool = Tr
     would spoil the weights, SaveError, and Stopped after SIGTERM or Ctrl-C, once the state has been saved."""
     accelerator = make_accelerator(config)
     run = Path(config.train.output_dir)
-    say = _say if accelerator.is_main_process else _keep_quiet
+    say = _say if accelerator.is_main_process else lambda message: None
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(run))
@@ -64,12 +64,7 @@ def train(config: Config, *, preview: Preview | None = None, progress: bool = Tr
         accelerator.wait_for_everyone()
         found = checkpoint.load(run, say)
         if found:
-            _refuse_changes(found, config)
-            if found.state["step"] > config.train.max_train_steps:
-                raise InputError(
-                    f"train.max_train_steps: {config.train.max_train_steps}, and {found.path} has taken more: raise it,"
-                    " or take another train.output_dir"
-                )
+            refuse_changes(found, config)
         if not found or found.state["look_due"] or found.state["step"] < config.train.max_train_steps:
             fill_class_images(config, accelerator, preview, say)
             Trainer(config, accelerator, found, progress=progress, say=say).run(preview)
@@ -286,12 +281,14 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _check_weights(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        for name, tensor in (pair for pairs in tensors.values() for pair in pairs.items()):
-            if not tensor.square().sum().isfinite():  # so large that squares overflow is as useless as infinite
-                raise NonFiniteError(
-                    f"step {self.steps_done}: the weights {name} are infinite, or nearly, and nothing was saved:"
-                    " lower optimizer.learning_rate"
-                )
+        named = (pair for pairs in tensors.values() for pair in pairs.items())
+        # So large that squares overflow is as useless as infinite.
+        bad = [name for name, tensor in named if not own_part(tensor).square().sum().isfinite()]
+        if self._anyone(bool(bad)) if self.sharded else bad:
+            raise NonFiniteError(
+                f"step {self.steps_done}: the weights {bad[0] if bad else 'of another process'} are infinite, or"
+                " nearly, and nothing was saved: lower optimizer.learning_rate"
+            )
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """The live weights and averages by file, so that copying into them restores them."""
@@ -384,15 +381,14 @@ class Trainer:
         return model
 
 
-def _refuse_changes(found: checkpoint.Checkpoint, config: Config) -> None:
+def refuse_changes(found: checkpoint.Checkpoint, config: Config) -> None:
+    """Raises InputError, naming settings with which a run cannot go on from a checkpoint."""
     changes = changed(found.state.get("config", {}), to_dict(config))
+    if found.state["step"] > config.train.max_train_steps:
+        changes.append(f"train.max_train_steps: {config.train.max_train_steps}, for it has taken more: raise it")
     if changes:
-        raise InputError(f"{found.path}: it cannot go on with {'; '.join(changes)}: take another train.output_dir")
+        raise InputError(f"{found.path}: it cannot go on with {'; '.join(changes)}: or take another train.output_dir")
 
 
 def _say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
-
-
-def _keep_quiet(message: str) -> None:
-    """What the other processes do with messages."""

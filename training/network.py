@@ -192,11 +192,11 @@ def new_model(config: Config, dataset: Dataset) -> DiffusionModel:
     torch's own generator is left as it was."""
     model, seed = config.model, config.train.seed
     codec: PixelCodec | LatentCodec
-    codec = _pixels(model, dataset) if model.vae is None else LatentCodec.load(Path(model.vae), dtype=torch.float32)
+    codec = pixel_codec(model, dataset) if model.vae is None else LatentCodec.load(Path(model.vae), dtype=torch.float32)
     settings: dict[str, Any] = {**(model.unet or {})}
     settings["sample_size"] = config.data.resolution // codec.scale_factor
     unet_config = UNetConfig.from_diffusers(settings)
-    text = _new_text(model, unet_config, dataset, seed)
+    text = new_text(model, unet_config, dataset, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet(unet_config)
@@ -206,7 +206,8 @@ def new_model(config: Config, dataset: Dataset) -> DiffusionModel:
         raise InputError(f"model: {error}") from None
 
 
-def _pixels(config: ModelConfig, dataset: Dataset) -> PixelCodec:
+def pixel_codec(config: ModelConfig, dataset: Dataset) -> PixelCodec:
+    """Of the images' statistics, or those that are set. Raises InputError."""
     mean = dataset.mean if config.pixel_mean is None else config.pixel_mean
     std = dataset.std if config.pixel_std is None else config.pixel_std
     if std == 0:
@@ -216,7 +217,8 @@ def _pixels(config: ModelConfig, dataset: Dataset) -> PixelCodec:
     return PixelCodec(dataset.channels, mean, std)
 
 
-def _new_text(config: ModelConfig, unet: UNetConfig, dataset: Dataset, seed: int) -> Any:
+def new_text(config: ModelConfig, unet: UNetConfig, dataset: Dataset, seed: int) -> Any:
+    """What a new U-Net is told by: classes, a pretrained text encoder, a new one, or nothing. Raises InputError."""
     if unet.num_class_embeds is not None:
         names = sorted({caption for captions in dataset.captions for caption in captions})
         if unet.num_class_embeds != len(names) + 1:

@@ -26,7 +26,7 @@ def tell_bad(report: Report, dataset: data.Dataset, config: DataConfig, told: da
         reasons = []
         width = height = config.min_size
         try:
-            data._texts(source, told, index)
+            data.texts(source, told, index)
         except InputError as error:
             reasons.append(str(error))
         try:

@@ -44,7 +44,7 @@ def start(
     model = (fit_to_task(pretrained, config) if pretrained else untrained(config)).to(accelerator.device)
     if model.text is not None and accelerator.is_main_process and (cut := count_cut(model.text, dataset)):
         say(f"{cut} captions are longer than the text encoder reads, and are cut")
-    _check_prompts(config, model)
+    check_prompts(config, model)
     return dataset, model, fingerprint
 
 
@@ -108,7 +108,8 @@ def _look(
     return dataset
 
 
-def _check_prompts(config: Config, model: DiffusionModel) -> None:
+def check_prompts(config: Config, model: DiffusionModel) -> None:
+    """Raises InputError for validation prompts that the model cannot take."""
     prompts = list(config.validation.validation_prompts)
     if model.text is None:
         if prompts:
