@@ -219,10 +219,13 @@ def _draw(model: "DiffusionModel", prompts: Sequence[str], seeds: Sequence[int],
 def _train_with_previews(config: "Config") -> Path:
     sibling("training")
     from training import train
+    from training.checks import images_at_once
 
     settings = {
         "steps": config.validation.num_inference_steps,
         "guidance_scale": config.validation.guidance_scale,
+        # No more pictures at once than are trained on at once, which is what there is memory for.
+        "batch_size": min(16, images_at_once(config, int(os.environ.get("WORLD_SIZE", "1")))),
     }
     return train(config, preview=lambda model, prompts, seeds: _draw(model, prompts, seeds, **settings))
 

@@ -11,7 +11,7 @@ from tiny_run import assert_same, final, image_folder, metrics, tiny_config
 
 from diffusion_unet.errors import InputError, NonFiniteError
 from diffusion_unet.model import DiffusionModel
-from training import loop, train
+from training import looking, train
 from training.config import ModelConfig
 from training.exporting import export
 from training.loop import Trainer
@@ -37,7 +37,7 @@ def test_a_look_that_fails_loses_no_step(
     unbroken = tiny_config(tmp_path / "a", images, *extra, max_train_steps=3)
     train(unbroken, preview=preview, progress=False)
     broken = tiny_config(tmp_path / "b", images, *extra, max_train_steps=3)
-    monkeypatch.setattr(loop, "save_png", fails)
+    monkeypatch.setattr(looking, "save_png", fails)
     with pytest.raises(type(failure)) as caught:
         train(broken, preview=preview, progress=False)
     assert caught.value is failure

@@ -38,7 +38,6 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STEPS = 3
 SMALL = {  # any recipe at a size where a step takes milliseconds; all else is as it is shipped
     "data.resolution": tiny.SIZE,
-    "data.bucket_step": 4,
     "data.min_size": 1,
     "data.max_bad_fraction": 0,
     "optimizer.lr_warmup_steps": 0,
@@ -87,6 +86,8 @@ def run(recipe: str, folder: Path, *sections: dict[str, Any], **more: Any) -> Ru
     path = CONFIGS / f"{recipe}.yaml"
     shipped = yaml.safe_load(path.read_text())
     settings = SMALL | {"train.output_dir": str(folder / "run")}
+    if shipped["data"].get("aspect_buckets"):
+        settings["data.bucket_step"] = 4
     if shipped["data"].get("held_out"):
         settings["data.held_out"] = 2
     if shipped["validation"].get("validation_prompts"):

@@ -309,20 +309,22 @@ def add_tokens(model: DiffusionModel, config: TextualInversionConfig) -> None:
     placeholder, word = config.placeholder_token, config.initializer_token
     names = [placeholder, *(f"{placeholder}_{i}" for i in range(1, config.num_vectors))]
     if not placeholder or placeholder != "".join(placeholder.split()):
-        raise InputError(f"textual_inversion.placeholder_token: {placeholder!a} must be one word, such as <my-cat>")
+        raise InputError(
+            f"model.textual_inversion.placeholder_token: {placeholder!a} must be one word, such as <my-cat>"
+        )
     starts = {}
     for key, part in encoders.items():
         tokenizer = part.tokenizer
         if taken := [name for name in names if len(_ids(tokenizer, name)) == 1 or name in tokenizer.get_vocab()]:
             raise InputError(
-                f"textual_inversion.placeholder_token: {taken[0]!a} is a token of the {key} already: take one that"
-                f" is not, such as <{placeholder.strip('<>')}-1>"
+                f"model.textual_inversion.placeholder_token: {taken[0]!a} is a token of the {key} already: take one"
+                f" that is not, such as <{placeholder.strip('<>')}-1>"
             )
         starts[key] = _ids(tokenizer, word)
         if len(starts[key]) != 1:
             raise InputError(
-                f"textual_inversion.initializer_token: {word!a} is {len(starts[key])} tokens of the {key}; take a word"
-                " that is one"
+                f"model.textual_inversion.initializer_token: {word!a} is {len(starts[key])} tokens of the {key}; take"
+                " a word that is one"
             )
     model.unet.requires_grad_(False)
     for key, part in encoders.items():

@@ -13,7 +13,7 @@ from diffusion_unet.codec import LatentCodec
 from diffusion_unet.conditioning import size_ids
 from diffusion_unet.errors import InputError
 from diffusion_unet.model import DiffusionModel
-from diffusion_unet.random import Purpose, normal, uniform
+from diffusion_unet.random import Purpose, normal, permutation, uniform
 
 from .cache import Store
 from .config import Config
@@ -64,17 +64,19 @@ class Batches:
     def __init__(self, config: Config, dataset: Dataset, model: DiffusionModel, rank: int = 0, world: int = 1):
         self.config, self.dataset, self.model = config, dataset, model
         self.rank, self.world = rank, world
-        codec = model.codec
+        codec, data = model.codec, config.data
         self.channels = codec.latent_channels if isinstance(codec, LatentCodec) else codec.channels
         for height, width in dataset.buckets:
             if height % codec.scale_factor or width % codec.scale_factor:
                 raise InputError(
-                    f"data.resolution: {width}x{height} is no multiple of the autoencoder's {codec.scale_factor}"
+                    f"data.{'bucket_step' if data.aspect_buckets else 'resolution'}: {width}x{height} is no multiple of"
+                    f" the autoencoder's {codec.scale_factor}"
                 )
         self.samples, self.held_out = dataset.split(config.train.seed, config.data.held_out)
         trained = [sample for sample in self.samples if sample < dataset.instances]
         members = [[sample for sample in trained if dataset.bucket[sample] == b] for b in range(len(dataset.buckets))]
-        data = config.data
+        if data.class_data_dir is not None and len(trained) == len(self.samples):
+            raise InputError(f"data.class_data_dir: no image of {data.class_data_dir} can be used")
         self.plan = Plan(
             config.train.seed,
             config.train.train_batch_size,
@@ -95,12 +97,18 @@ class Batches:
         return self._batch(indices, chosen, draws, self._captions(chosen, draws))
 
     def held_out_batches(self, limit: int) -> list[Batch]:
-        """The first `limit` held-out images, one batch for each of their sizes."""
-        return self._fixed(self.held_out[:limit], HELD_OUT)
+        """`limit` held-out images, one batch for each of their sizes."""
+        return self._fixed(self._some(self.held_out, limit), HELD_OUT)
 
     def training_batches(self, limit: int) -> list[Batch]:
         """As `held_out_batches`, of images that are trained on."""
-        return self._fixed([sample for sample in self.samples if sample < self.dataset.instances][:limit], SEEN)
+        trained = [sample for sample in self.samples if sample < self.dataset.instances]
+        return self._fixed(self._some(trained, limit), SEEN)
+
+    def _some(self, samples: Sequence[int], limit: int) -> list[int]:
+        """From all over a collection, which may be in the order of what it shows."""
+        order = permutation(self.config.train.seed, 2**64 - 2, len(samples)).tolist()
+        return sorted(samples[place] for place in order[:limit])
 
     def _fixed(self, samples: Sequence[int], first: int) -> list[Batch]:
         """Cropped in the middle, with their first caption and noise of their own."""

@@ -14,12 +14,12 @@ from diffusion_unet.model import DiffusionModel
 from diffusion_unet.model_index import index_of
 
 from . import checkpoint
-from .adapters import EMBEDDING_FILE, LORA_FILE
-from .config import Config, to_dict
+from .adapters import CLIP_KEYS, EMBEDDING_FILE, LORA_FILE
+from .config import Config, ScheduleConfig, to_dict
 from .metrics import METRICS, load
 from .sources import EMBEDDED
 
-GRID = "grid.png"
+GRID, SCHEDULER = "grid.png", "scheduler_config.json"
 RECENT = 100  # steps over which the card's loss is averaged
 FOLDERS = (  # settings
     "data.train_data_dir",
@@ -42,7 +42,7 @@ def card(
     prompts = config.validation.validation_prompts
     picture = f"\n![{', '.join(prompts)}]({GRID})\n" if with_grid else ""
     part = "lora" if config.model.adapter else "textual_inversion" if config.model.textual_inversion else None
-    base = f"base_model: {Path(config.model.pretrained).name}\n" if part and config.model.pretrained else ""
+    base = f"base_model: {_base(config)}\n" if part else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: {_PIPELINE_TAGS[config.model.task]}
@@ -103,15 +103,12 @@ def _what(config: Config, model: DiffusionModel) -> str:
 
 def _usage(config: Config, model: DiffusionModel, name: str) -> str:
     """Lines of Python that draw a picture."""
-    validation = config.validation
-    prompt = validation.validation_prompts[0] if validation.validation_prompts else "a prompt"
+    validation, prompt = config.validation, _prompt(config)
     library = "diffusion_unet" if isinstance(model.codec, PixelCodec) else "diffusers"
     pipeline = index_of(model)["_class_name"]
     folder, load_part = name, ""
     if config.model.adapter is not None or config.model.textual_inversion is not None:
-        folder = Path(str(config.model.pretrained)).name
-        one = ("lora_weights", LORA_FILE) if config.model.adapter else ("textual_inversion", EMBEDDING_FILE)
-        load_part = f"\npipe.load_{one[0]}({name!r}, weight_name={one[1]!r})"
+        folder, load_part = _base(config), _load_part(config, model, name)
     said = "" if model.text is None else f"{prompt!r}, "
     given = {"text-to-image": "", "inpaint": "image=picture, mask_image=mask, ", "instruct-pix2pix": "image=picture, "}
     return f"""from {library} import {pipeline}
@@ -121,12 +118,41 @@ pipe({said}{given[config.model.task]}num_inference_steps={validation.num_inferen
 guidance_scale={validation.guidance_scale}).images[0].save("picture.png")"""
 
 
+def _base(config: Config) -> str:
+    """The folder that an adapter or a word belongs to."""
+    return Path(config.model.pretrained_config or config.model.pretrained or "").name
+
+
+def _prompt(config: Config) -> str:
+    prompts = config.validation.validation_prompts
+    return prompts[0] if prompts else config.data.instance_prompt or "a prompt"
+
+
+def _load_part(config: Config, model: DiffusionModel, name: str) -> str:
+    """Lines that put an adapter or a word into `pipe`, and its noise schedule where that is another."""
+    lines, word = [""], config.model.textual_inversion
+    encoders = list(model.text.encoders) if model.text is not None else []
+    if config.model.adapter is not None:
+        lines.append(f"pipe.load_lora_weights({name!r}, weight_name={LORA_FILE!r})")
+    elif word is not None and len(encoders) > 1:
+        lines[0] = "\nfrom safetensors.torch import load_file\n"
+        lines.append(f"vectors = load_file({f'{name}/{EMBEDDING_FILE}'!r})")
+        for key, encoder in zip(CLIP_KEYS.values(), encoders, strict=True):
+            given = f"text_encoder=pipe.{encoder}, tokenizer=pipe.{encoder.replace('text_encoder', 'tokenizer')}"
+            lines.append(f"pipe.load_textual_inversion(vectors[{key!r}], token={word.placeholder_token!r}, {given})")
+    else:
+        lines.append(f"pipe.load_textual_inversion({name!r}, weight_name={EMBEDDING_FILE!r})")
+    if config.model.schedule != ScheduleConfig():
+        kind = model.schedule.to_config()["_class_name"]
+        lines += [f"from diffusers import {kind}", f"pipe.scheduler = {kind}.from_pretrained({name!r})"]
+    return "\n".join(lines)
+
+
 def _command(config: Config, name: str) -> str:
     whole = config.model.adapter is None and config.model.textual_inversion is None
     if not whole or config.model.task != "text-to-image":
         return ""
-    prompts = config.validation.validation_prompts
-    return f'\n    diffusion-unet sample {name} "{prompts[0] if prompts else "a prompt"}" --seeds 0-7 --out out\n'
+    return f'\n    diffusion-unet sample {name} "{_prompt(config)}" --seeds 0-7 --out out\n'
 
 
 def _facts(config: Config, found: checkpoint.Checkpoint, weights: str, model: DiffusionModel) -> str:

@@ -40,12 +40,22 @@ def trains_text(config: ModelConfig) -> bool:
     return config.train_text_encoder
 
 
+def images_at_once(config: Config, processes: int) -> int:
+    """Images of a micro-batch."""
+    return max(1, config.train.train_batch_size // (processes * config.train.gradient_accumulation_steps))
+
+
 def _check_model(model: ModelConfig) -> None:
     _refuse(
         (model.pretrained is None) == (model.unet is None),
         "model.unet or model.pretrained: give exactly one of the two",
     )
     _check_schedule(model.schedule)
+    told = model.pretrained or model.text_encoder or model.pretrained_text_encoder
+    _refuse(
+        model.train_text_encoder is not None and not told,
+        "model.train_text_encoder: there is no text encoder; take it out",
+    )
     if model.pretrained is None:
         for name in ("adapter", "textual_inversion", "pretrained_config"):
             _refuse(getattr(model, name) is not None, f"model.{name}: only with model.pretrained")
@@ -111,10 +121,16 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
         "data.class_data_dir and data.class_prompt: prior preservation needs both",
     )
     _refuse(prior and data.aspect_buckets, "data.aspect_buckets: not with class_data_dir; take it out")
-    _refuse(
-        not data.aspect_buckets and data.max_aspect != DataConfig().max_aspect,
-        "data.max_aspect: only with data.aspect_buckets",
-    )
+    only = {
+        "aspect_buckets": ("max_aspect", "bucket_step"),
+        "shuffle_tags": ("keep_tags", "tag_separator"),
+        "class_data_dir": ("num_class_images", "prior_loss_weight"),
+    }
+    for switch, names in only.items():
+        for name in names:
+            changed = getattr(data, name) != getattr(DataConfig(), name)
+            _refuse(not getattr(data, switch) and changed, f"data.{name}: only with data.{switch}")
+    _refuse(not data.tag_separator.strip(), "data.tag_separator: must not be empty; a comma is usual")
     _refuse(
         data.cache_crops > 1 and (data.center_crop or not data.cache_latents),
         "data.cache_crops: only with data.cache_latents, and without data.center_crop",

@@ -82,6 +82,7 @@ class ModelConfig:
         None,
         "model folder to fine-tune, or a single .safetensors file of it; null trains from nothing, and then `unet` is"
         " required",
+        fixed=False,
     )
     pretrained_config: str | None = setting(
         None, "the model folder whose configs and tokenizers belong to a single file; null with a folder", fixed=False
@@ -205,7 +206,7 @@ class DataConfig:
         "full", "full: decode every image that was not decoded before; quick: read sizes and captions only"
     )
     cache_in_memory: int = setting(
-        2048, "megabytes of decoded images to keep; beyond it they are decoded at each use", low=0, fixed=False
+        2048, "megabytes of decoded images that each process keeps; others are decoded at each use", low=0, fixed=False
     )
     cache_latents: bool = setting(
         False, "encode all images once, before the first step, and keep the autoencoder's mean and variance on disk"
@@ -280,7 +281,7 @@ class OptimizerConfig:
     adam_beta2: float = setting(0.999, "decay of the second moment", low=0.0, high=0.999999)
     adam_weight_decay: float = setting(1e-2, "decoupled weight decay", low=0.0)
     adam_epsilon: float = setting(1e-8, "added to the root of the second moment", low=0.0)
-    max_grad_norm: float | None = setting(1.0, "largest norm of the gradient; null does not clip", low=0.0)
+    max_grad_norm: float | None = setting(1.0, "largest norm of the gradient; null does not clip", low=1e-9)
 
 
 @dataclasses.dataclass(frozen=True)

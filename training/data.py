@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from os import cpu_count
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,8 +30,8 @@ from .plan import held_out_split
 from .sources import Source, open_source
 
 LISTED = 20  # bad samples that are printed; the file has all of them
-INDEX_FORMAT = 1
-FEWER_THREADS = 32  # of a machine with very many cores: beyond it threads wait for one another
+INDEX_FORMAT = 2
+THREADS = min(cpu_count() or 1, 32)  # of a machine with very many cores, not all: threads wait for one another
 
 # What the network is told of an image besides its noise level.
 Told = Literal["caption", "label", "nothing"]
@@ -58,14 +59,15 @@ class Instances:
 
     instances: Source
     classes: Source
+    first: int  # of the instances, so many are used
 
     def __len__(self) -> int:
-        return len(self.instances) + len(self.classes)
+        return self.first + len(self.classes)
 
     def __getattr__(self, name: str) -> Callable[[int], Any]:
         def ask(index: int) -> Any:
-            first = len(self.instances)
-            return getattr(self.instances, name)(index) if index < first else getattr(self.classes, name)(index - first)
+            place = index - self.first
+            return getattr(self.instances, name)(index) if place < 0 else getattr(self.classes, name)(place)
 
         if name not in ("captions", "image", "original", "label", "name", "size", "stamp"):
             raise AttributeError(name)
@@ -84,7 +86,8 @@ def open_data(config: DataConfig, channels: int) -> Source:
         **{name: getattr(config, name) for name in kept},
     )
     try:
-        return Instances(source, open_source(of_class, channels))
+        first = min(len(source), config.max_train_samples or len(source))
+        return Instances(source, open_source(of_class, channels), first)
     except InputError as error:
         message = str(error).replace("data.train_data_dir", "data.class_data_dir")
         raise InputError(message) from None
@@ -109,6 +112,7 @@ class Dataset:
     instances: int  # kept samples that are not of class_data_dir; these come first
     room: int  # bytes of decoded images that may still be kept
     cached: dict[int, NDArray[np.uint8]] = field(default_factory=dict, repr=False)  # kept sample -> [H, W, C]
+    _lock: Any = field(default_factory=Lock, repr=False)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -127,18 +131,31 @@ class Dataset:
 
     def keep(self, sample: int, image: NDArray[np.uint8]) -> None:
         """Remembers a decoded image while there is room."""
-        if image.nbytes <= self.room:
-            self.room -= image.nbytes
-            self.cached[sample] = image
+        with self._lock:
+            if image.nbytes <= self.room:
+                self.room -= image.nbytes
+                self.cached[sample] = image
 
     def images(self, samples: Sequence[int], crop: Tensor, flip: Tensor) -> Tensor:
         """[B, h, w, C]: samples of one bucket, cropped at `crop` [B, 2] in [0, 1) and mirrored where `flip` [B]."""
-        return self._cut([self.image(sample) for sample in samples], samples, crop, flip)
+        return self._cut(self._decoded(self.image, samples), samples, crop, flip)
 
     def originals(self, samples: Sequence[int], crop: Tensor, flip: Tensor) -> Tensor:
         """As `images`, of the pictures that are to be changed into them."""
-        whole = [self._fit(self.source.original(self.kept[sample]), sample) for sample in samples]
-        return self._cut(whole, samples, crop, flip)
+
+        def original(sample: int) -> NDArray[np.uint8]:
+            return self._fit(self.source.original(self.kept[sample]), sample)
+
+        return self._cut(self._decoded(original, samples), samples, crop, flip)
+
+    def _decoded(
+        self, image: Callable[[int], NDArray[np.uint8]], samples: Sequence[int]
+    ) -> Sequence[NDArray[np.uint8]]:
+        """In parallel, where anything is to be decoded."""
+        if all(sample in self.cached for sample in samples):
+            return [self.cached[sample] for sample in samples]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(image, samples))
 
     def boxes(self, samples: Sequence[int], crop: Tensor, flip: Tensor) -> list[tuple[int, int]]:
         """(top, left) of each crop, in the scaled and maybe mirrored picture."""
@@ -212,10 +229,12 @@ def inspect(
     )
     known = read_index(index, config, channels, told)
     count = min(len(source), config.max_train_samples or len(source))
-    instances = len(source.instances) if isinstance(source, Instances) else count
+    instances = count
+    if isinstance(source, Instances):
+        count, instances = len(source), source.first
     looked: list[Look] = []
     look_at = partial(_look, source, config, channels, told, buckets, known)
-    with ThreadPoolExecutor(min(cpu_count() or 1, FEWER_THREADS)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         looks: Iterator[tuple[Look, list[str], NDArray[np.uint8] | None]] = pool.map(look_at, range(count))
         for number, (look, captions, image) in enumerate(watch(looks, count) if watch else looks):
             looked.append(look)
@@ -260,11 +279,13 @@ def _look(
             digest = hashlib.sha256(json.dumps([captions, stamp]).encode()).hexdigest()
             return Look(stamp, size, (0, 0, 0), digest), captions, None
         image = fit(source.image(index), channels, cover(size, buckets[assign([size], buckets)[0]]))
+        original = None
         if config.original_image_column is not None:
-            source.original(index)
+            original = fit(source.original(index), channels, image.shape[:2])
     except InputError as error:
         return Look(stamp, size, (0, 0, 0), "", str(error)), [], None
     content = hashlib.sha256(json.dumps([captions, image.shape]).encode() + image.tobytes())
+    content.update(b"" if original is None else original.tobytes())
     wide = image.astype(np.int64)
     values = (image.size, int(wide.sum()), int(np.square(wide).sum()))
     return Look(stamp, size, values, content.hexdigest()), captions, image

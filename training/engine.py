@@ -6,12 +6,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -38,7 +39,13 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     trackers = tracker_settings(config.train.report_to, Path(config.train.output_dir))
     try:
-        accelerator = Accelerator(mixed_precision=config.train.mixed_precision, fsdp_plugin=sharding, **trackers)
+        accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            fsdp_plugin=sharding,
+            # The main process looks, draws and saves alone, while the others wait.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+            **trackers,
+        )
     except ValueError as error:
         line = " ".join(str(error).split())
         raise InputError(

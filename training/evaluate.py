@@ -46,6 +46,7 @@ def measure(
     sets: Mapping[str, Sequence[Batch]],
     weights: Mapping[str, Callable[[], AbstractContextManager[Any]]],
     config: Config,
+    chunk: int = CHUNK,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{"held_out_loss": {"raw": {"0.0871": loss, ...}, "0.9999": {...}}, ...}: `held_out_loss` of each set of images
     with each set of weights, in eval mode.
@@ -61,7 +62,7 @@ def measure(
         for name, in_place in weights.items():
             with in_place():
                 for kind, batches in present.items():
-                    losses[kind][name] = held_out_loss(network, model, batches, config)
+                    losses[kind][name] = held_out_loss(network, model, batches, config, chunk)
     finally:
         network.train(training)
     return losses
@@ -69,18 +70,18 @@ def measure(
 
 @torch.no_grad()
 def held_out_loss(
-    network: nn.Module, model: DiffusionModel, batches: Sequence[Batch], config: Config
+    network: nn.Module, model: DiffusionModel, batches: Sequence[Batch], config: Config, chunk: int = CHUNK
 ) -> dict[str, float]:
     """Mean loss of the images at each of 8 fixed noise levels, by sigma; an image has the same noise at every level.
 
-    network: as training's Network, on the device of `model.unet`. The loss is that of `objective`, without a learned
-    weight, which is another for other weights."""
+    network: as training's Network, on the device of `model.unet`; it sees `chunk` images at once. The loss is that of
+    `objective`, without a learned weight, which is another for other weights."""
     levels = fixed_levels(model.schedule, config)
     weights = loss_weight(levels, model.schedule, config.objective)
     device, huber = model.unet.device, huber_c(config.objective)
     totals, count = torch.zeros(LEVELS, dtype=torch.float64), 0
     for batch in batches:
-        parts = -(-len(batch.indices) // CHUNK)
+        parts = -(-len(batch.indices) // chunk)
         for part in (batch.part(number, parts) for number in range(parts)):
             x0, noise, given = encode(part, model, device), part.noise.to(device), told(part, model, device)
             for place, (level, weight) in enumerate(zip(levels, weights, strict=True)):

@@ -1,8 +1,11 @@
 """A run made into a model folder that diffusers loads, with a card that tells how it came about."""
 
+import contextlib
 import dataclasses
+import json
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,10 @@ from diffusion_unet.single_file import write_single_file
 from diffusion_unet.unet import UNet
 
 from . import checkpoint
-from .adapters import save_embedding, save_lora
-from .card import GRID, card
-from .config import Config, config_from_dict
-from .loop import PREVIEWS
+from .adapters import EMBEDDING_FILE, LORA_FILE, save_embedding, save_lora
+from .card import GRID, SCHEDULER, card
+from .config import Config, ScheduleConfig, config_from_dict
+from .looking import OWN_AVERAGE, PREVIEWS
 from .network import Network
 from .start import untrained
 
@@ -58,7 +61,7 @@ def export(
     config = config_from_dict(found.state.get("config", {}), str(found.path))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, output_dir=str(run)))
     _check_layout(config, layout, variant)
-    name = _weights(found, ema)
+    name = _weights(found, config, ema)
     model = _trained(found, config, name)
     picture = _preview(run / PREVIEWS, found.state["step"])
     files = {GRID: picture.read_bytes()} if picture else {}
@@ -66,15 +69,34 @@ def export(
     as_dtype = DTYPES[dtype or "fp32"]
     word = config.model.textual_inversion is not None
     if word or config.model.adapter is not None:
-        return _export_part(model, out, layout, as_dtype, {"README.md": text.encode(), **files}, word=word)
+        files["README.md"] = text.encode()
+        if config.model.schedule != ScheduleConfig():
+            files[SCHEDULER] = (json.dumps(model.schedule.to_config(), indent=2) + "\n").encode()
+        return _export_part(model, out, layout, as_dtype, files, word=word)
     if layout == "single-file":
-        with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=f".{out.name}.") as folder:
-            model.save(Path(folder) / "model", dtype=as_dtype)
-            return write_single_file(Path(folder) / "model", out)
+        with _beside(out) as folder:
+            model.save(folder, dtype=as_dtype)
+            write_single_file(folder, out)
+            _compare(model, DiffusionModel.load(out, config=folder), as_dtype, out)
+        return out
     model.save(out, card=text, files=files, variant=variant, dtype=as_dtype)
     _compare(model, DiffusionModel.load(out, variant=variant), as_dtype, out)
     _compare_stock(out, variant)
     return out
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder for what is made on the way, on the same disk. Raises SaveError."""
+    parent = out.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as folder:
+            yield Path(folder) / "model"
+    except OSError as error:
+        if isinstance(error, SaveError):
+            raise
+        raise SaveError(f"{out}: cannot be written ({error.strerror or error})") from error
 
 
 def _check_layout(config: Config, layout: str, variant: str | None) -> None:
@@ -116,6 +138,9 @@ def _export_part(
     """An adapter or a new word, and what goes with it."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} exists and is no folder: name another, nothing is overwritten")
+    foreign = [name for name in files if (out / name).exists()]
+    if foreign and not (out / (EMBEDDING_FILE if word else LORA_FILE)).exists():
+        raise InputError(f"{out / foreign[0]} exists and is no part of an export: name another folder")
     if word:
         save_embedding(model, out, dtype=dtype)
     else:
@@ -125,14 +150,15 @@ def _export_part(
     return out
 
 
-def _weights(found: checkpoint.Checkpoint, ema: str | None) -> str:
-    """Which file of the checkpoint holds the weights that are asked for."""
-    if ema == RAW or (ema is None and not found.averages):
+def _weights(found: checkpoint.Checkpoint, config: Config, ema: str | None) -> str:
+    """Which file of the checkpoint holds the weights that are asked for; those that pictures were drawn with first."""
+    averages = [name for name in (*config.train.ema, OWN_AVERAGE) if name in found.averages]
+    if ema == RAW or (ema is None and not averages):
         return "model"
     if ema is None:
-        return f"ema_{found.averages[0]}"
-    if ema not in found.averages:
-        known = ", ".join([*found.averages, RAW])
+        return f"ema_{averages[0]}"
+    if ema not in averages:
+        known = ", ".join([*averages, RAW])
         raise InputError(f"{found.path}: no averaged weights named {ema!r}; there are {known}")
     return f"ema_{ema}"
 

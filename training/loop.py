@@ -9,43 +9,35 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from functools import partial
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL.Image import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from diffusion_unet.errors import InputError, NonFiniteError, Stopped
-from diffusion_unet.images import grid, save_png
-from diffusion_unet.model import DiffusionModel
 
 from . import checkpoint
 from .batches import Batch, Batches, encode, told
 from .config import Config, changed, to_dict
 from .ema import make_emas
-from .engine import StopSignal, cut_as, kept, locked, make_accelerator, own_part, put, resharded, whole
-from .evaluate import level_losses, measure
+from .engine import StopSignal, cut_as, kept, locked, make_accelerator, own_part, put, whole
+from .evaluate import level_losses
+from .looking import OWN_AVERAGE, Preview, draw_and_measure
 from .metrics import LEVELS_EVERY, Metrics, open_trackers
 from .network import Network
 from .objective import huber_c, image_losses
 from .optimizer import averages_itself, evaluating, load_state, make_optimizer, rate_course, set_rates, state_tensors
 from .precompute import keep_latents, keep_texts
 from .prior import fill_class_images
-from .start import shown, start, untrained
+from .start import check_paths, shown, start
 from .uncertainty import weigh
 
-Preview = Callable[[DiffusionModel, list[str], list[int]], list[Image]]
-
-PREVIEWS = "previews"
-HELD_OUT_IMAGES = 256  # at most, of a held-out loss
 NAMED = 4  # images that a message names
-OWN_AVERAGE = "optimizer"  # name of the averages that a schedule-free optimizer keeps itself
 
 
 def train(config: Config, *, preview: Preview | None = None, progress: bool = True) -> Path:
@@ -66,8 +58,12 @@ def train(config: Config, *, preview: Preview | None = None, progress: bool = Tr
         if found:
             refuse_changes(found, config)
         if not found or found.state["look_due"] or found.state["step"] < config.train.max_train_steps:
+            check_paths(config)
             fill_class_images(config, accelerator, preview, say)
-            Trainer(config, accelerator, found, progress=progress, say=say).run(preview)
+            trainer = Trainer(config, accelerator, found, progress=progress, say=say)
+            if found:
+                found.tensors.clear()  # mapped files, which would keep removed checkpoints on the disk
+            trainer.run(preview)
         say(f"{run}: finished, {config.train.max_train_steps} steps")
     return run
 
@@ -206,6 +202,8 @@ class Trainer:
         rate = self.optimizer.param_groups[0]["lr"]
         self.prepared.step()
         self.prepared.zero_grad()
+        if accelerator.scaler and accelerator.scaler.get_scale() < 1:
+            raise self._non_finite(batch, own, loss, grad_norm)
         if self.steps_done == 0:
             state_tensors(self.optimizer, self.parameters)  # one that cannot be saved fails now
         self.levels.add(batch.sigma, own)
@@ -224,7 +222,7 @@ class Trainer:
         x = x0 + sigma.to(device, dtype).view(-1, 1, 1, 1) * noise
         target = self.model.schedule.target(x0, noise, sigma)
         inputs = told(batch, self.model, device)
-        with torch.random.fork_rng(enabled=self.dropout):
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=self.dropout):
             if self.dropout:
                 torch.manual_seed(self.config.train.seed + batch.indices.start)
             output, u = self.wrapped(x, sigma, **inputs)
@@ -336,49 +334,13 @@ class Trainer:
         self._check_weights(self._weights())
         try:
             if self.main or self.sharded:
-                self._draw_and_measure(preview)
+                draw_and_measure(self, preview)
         except Exception:  # whatever it was, the weights are as they were
             if self.accelerator.num_processes == 1:  # others would have to come along
                 self.save()
             raise
         self.look_due = False
         self.accelerator.wait_for_everyone()
-
-    def _draw_and_measure(self, preview: Preview | None) -> None:
-        """Pictures by the first average, or where there is none by the weights themselves; losses by all of them."""
-        prompts, count = list(self.config.validation.validation_prompts), self.config.validation.num_validation_images
-        unprompted = self.model.text is None and self.config.model.task == "text-to-image"
-        weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {"raw": nullcontext}
-        weights |= {ema.name: ema.swapped_in for ema in self.emas}
-        if averages_itself(self.optimizer):
-            weights[OWN_AVERAGE] = partial(evaluating, self.optimizer)
-        best = next(iter([*list(weights)[1:], "raw"]))
-        weights = {name: partial(resharded, self.network, in_place) for name, in_place in weights.items()}
-        self.network.eval()
-        try:
-            with weights[best](), torch.no_grad():
-                model = self._gathered() if self.sharded and preview is not None and prompts else self.model
-                if preview is not None and (prompts or unprompted) and self.main:
-                    sheet = grid(preview(model, prompts, list(range(count))), prompts or [""], count)
-                    save_png(self.folder / PREVIEWS / f"step_{self.steps_done:06d}.png", sheet)
-        finally:
-            self.network.train()
-        if self.config.data.held_out:
-            batches = {
-                "held_out_loss": self.batches.held_out_batches(HELD_OUT_IMAGES),
-                "training_loss": self.batches.training_batches(min(HELD_OUT_IMAGES, self.config.data.held_out)),
-            }
-            losses = measure(self.network, self.model, batches, weights, self.config)
-            self.metrics.write({"step": self.steps_done, **losses})
-
-    def _gathered(self) -> DiffusionModel:
-        """On the main process the model with all of its weights, which are otherwise cut over the processes."""
-        state = {key: kept(value, self.main) for key, value in self.network.state_dict().items()}
-        if not self.main:
-            return self.model
-        model = untrained(self.config).to(self.device)
-        Network(model, self.config).to(self.device).load_state_dict(state)
-        return model
 
 
 def refuse_changes(found: checkpoint.Checkpoint, config: Config) -> None:

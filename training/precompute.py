@@ -29,7 +29,8 @@ def keep_latents(batches: Batches, accelerator: Any, watch: Watch) -> None:
     if batches.config.model.task != "text-to-image":
         raise InputError("data.cache_latents: only with model.task text-to-image; take it out")
     dataset = batches.dataset
-    transform = [dataset.fingerprint, dataset.buckets, data.cache_crops, data.center_crop, data.random_flip]
+    crops = [data.cache_crops, data.center_crop, data.random_flip]
+    transform = [dataset.fingerprint, dataset.buckets, dataset.channels, data.background, *crops]
     key = cache.fingerprint(LATENTS, cache.module_digest(codec.vae), batches.config.train.seed, transform)
 
     def compute(entries: Sequence[int]) -> list[dict[str, Tensor]]:

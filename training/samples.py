@@ -127,7 +127,10 @@ def tell_captions(
             f" {shorten(long[0])}"
         )
     if inversion is not None:
-        _look_for_word(report, list(samples), text, inversion.placeholder_token)
+        try:
+            start.check_word(text, dataset, inversion.placeholder_token)
+        except InputError as error:
+            report.refuse("word", str(error))
 
 
 def _tell_classes(report: Report, classes: dict[str, tuple[int, str]], labels: ClassLabels) -> None:
@@ -138,22 +141,6 @@ def _tell_classes(report: Report, classes: dict[str, tuple[int, str]], labels: C
             labels.tokenize([name])
         except InputError as error:
             report.refuse("class", f"{error} ({count} images, the first {first})")
-
-
-def _look_for_word(report: Report, captions: Sequence[str], text: PromptEncoder, word: str) -> None:
-    """That it is in a caption, and not behind where that is cut."""
-    wanted = [
-        set(encoder.tokenizer([word], add_special_tokens=False)["input_ids"][0]) for encoder in text.encoders.values()
-    ]
-    for caption in captions:
-        rows = text.tokenize([caption])[0].reshape(len(wanted), -1).tolist()
-        if any(ids.issubset(row) for ids, row in zip(wanted, rows, strict=True)):
-            return
-    report.refuse(
-        "word",
-        f"model.textual_inversion.placeholder_token: {word!a} is in no caption where the text encoder reads it, and so"
-        " nothing would be learned: write it into captions, or into data.instance_prompt",
-    )
 
 
 def _lengths(text: PromptEncoder, captions: Sequence[str]) -> dict[str, int]:
@@ -178,5 +165,5 @@ def _name(dataset: data.Dataset, sample: int) -> str:
 
 
 def _parallel(work: Callable[[int], Any], items: Sequence[int]) -> list[Any]:
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, data.FEWER_THREADS)) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, data.THREADS)) as pool:
         return list(pool.map(work, items))

@@ -17,6 +17,7 @@ from diffusion_unet.model import DiffusionModel
 
 from . import data
 from .config import Config, DataConfig
+from .imports import load_object
 from .network import fit_to_task, load_pretrained, new_channels, new_model, told_by
 
 BASE = "base"  # folder of the model of a run from nothing, as it was before the first step
@@ -35,6 +36,10 @@ def start(
     fingerprint = pretrained.fingerprint() if pretrained else None
     channels = pretrained.codec.channels if pretrained else new_channels(config.model, config.data.resolution)
     told = told_by(config.model, pretrained)
+    if config.data.shuffle_tags and told != "caption":
+        raise InputError("data.shuffle_tags: this model is not told captions; take it out")
+    if pretrained is not None and config.model.textual_inversion is None:
+        check_prompts(config, pretrained)
     dataset = _look(config, accelerator, channels, told, say, shown("looking at images", progress))
     if pretrained is None and not again:
         # A new model is kept: its tokenizer and pixel statistics are the run's.
@@ -45,7 +50,31 @@ def start(
     if model.text is not None and accelerator.is_main_process and (cut := count_cut(model.text, dataset)):
         say(f"{cut} captions are longer than the text encoder reads, and are cut")
     check_prompts(config, model)
+    if config.model.textual_inversion is not None and model.text is not None:
+        check_word(model.text, dataset, config.model.textual_inversion.placeholder_token)
     return dataset, model, fingerprint
+
+
+def check_paths(config: Config) -> None:
+    """Raises InputError for code of the user's own that is not there."""
+    load_object(config.optimizer.optimizer, "optimizer.optimizer")
+    if ":" in config.objective.noise_distribution:
+        load_object(config.objective.noise_distribution, "objective.noise_distribution")
+
+
+def check_word(text: PromptEncoder, dataset: data.Dataset, word: str) -> None:
+    """Raises InputError unless a caption holds the new word, and not behind where that is cut."""
+    wanted = [
+        set(encoder.tokenizer([word], add_special_tokens=False)["input_ids"][0]) for encoder in text.encoders.values()
+    ]
+    for caption in dict.fromkeys(caption for captions in dataset.captions for caption in captions):
+        rows = text.tokenize([caption])[0].reshape(len(wanted), -1).tolist()
+        if any(ids.issubset(row) for ids, row in zip(wanted, rows, strict=True)):
+            return
+    raise InputError(
+        f"model.textual_inversion.placeholder_token: {word!a} is in no caption where the text encoder reads it, and so"
+        " nothing would be learned: write it into captions, or into data.instance_prompt"
+    )
 
 
 def count_cut(text: PromptEncoder, dataset: data.Dataset) -> int:
