@@ -13,6 +13,7 @@ from tiny_run import image_folder, tiny_config
 
 from diffusion_unet.codec import LatentCodec
 from diffusion_unet.conditioning import TextEncoder
+from diffusion_unet.errors import InputError
 from diffusion_unet.model import DiffusionModel
 from diffusion_unet.schedule import NoiseSchedule
 from training.batches import Batch, Batches, encode, told
@@ -192,3 +193,51 @@ def test_the_offset_is_the_same_in_all_of_an_image(tmp_path: Path) -> None:
     added = (offset.noise - plain.noise) / 0.1
     assert torch.allclose(added, added[:, :, :1, :1], atol=1e-5)
     assert added[:, :, 0, 0].unique().numel() == 8 * 4 and 0.5 < float(added[:, :, 0, 0].std()) < 1.6
+
+
+def test_what_is_looked_at_is_from_all_over_a_sorted_collection(tmp_path: Path) -> None:
+    for name in ("ant", "zebra"):
+        image_folder(tmp_path / "sorted" / name, 30)
+        (tmp_path / "sorted" / name / "metadata.jsonl").unlink()
+    config = tiny_config(tmp_path / "run", tmp_path / "sorted", "--data.held_out=20", "--data.resolution=16")
+    made = Batches(config, looked(config), latent_model())
+    assert made.model.text is not None
+    ant = made.model.text.tokenize(["ant"])[0][0]
+    for some in (made.held_out_batches(10), made.training_batches(10)):
+        count = sum(int((batch.ids == ant).all(dim=1).sum()) for batch in some if batch.ids is not None)
+        assert sum(len(batch.indices) for batch in some) == 10 and 2 <= count <= 8
+
+
+def test_latents_over_another_background_are_others(tmp_path: Path) -> None:
+    folder = tmp_path / "clear"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGBA", (16, 16), (9, 9, 9, 80 * number)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("something")
+    model, stores = latent_model(), []
+    for colour in ("white", "black"):
+        config = tiny_config(
+            tmp_path / colour,
+            folder,
+            "--data.cache_latents=true",
+            "--data.look=quick",
+            "--data.center_crop=true",
+            "--data.resolution=16",
+            f"--data.background={colour}",
+            f"--data.cache_dir={tmp_path / 'cache'}",
+        )
+        made = Batches(config, looked(config), model)
+        keep_latents(made, Accelerator(cpu=True), shown("", False))
+        stores.append(made.latents)
+    assert stores[0] is not None and stores[1] is not None and stores[0].path != stores[1].path
+
+
+def test_some_instances_and_all_of_their_class(tmp_path: Path) -> None:
+    others = image_folder(tmp_path / "others", 5)
+    prior = (f"--data.class_data_dir={others}", "--data.class_prompt=a dog", "--data.instance_prompt=a sks dog")
+    made = batches(tmp_path, latent_model(), *prior, "--data.max_train_samples=4", "--data.resolution=16")
+    assert made.dataset.instances == 4 and len(made.dataset) == 9 and len(made.plan.classes) == 5
+    for path in others.glob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"data\.class_data_dir: no image of .* can be used"):
+        batches(tmp_path, latent_model(), *prior, "--data.resolution=16")

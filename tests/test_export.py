@@ -184,3 +184,34 @@ def test_scores_go_into_the_card_and_replace_those_before(run: Path, tmp_path: P
         assert json.loads(text.partition("```json\n")[2].partition("```")[0]) == scores
     with pytest.raises(InputError, match="there is no card"):
         write_scores(tmp_path / "README.md", {})
+
+
+def test_the_first_average_is_the_one_that_is_exported(tmp_path: Path) -> None:
+    images = image_folder(tmp_path / "images")
+    config = tiny_config(tmp_path, images, "--train.ema=[power-0.2, '0.5']", max_train_steps=4)
+    run = train(config, progress=False)
+    for ema, name in ((None, "ema_power-0.2"), ("0.5", "ema_0.5"), ("none", "model")):
+        written = load_file(export(run, tmp_path / str(ema), ema=ema) / "unet/diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(written[key], value) for key, value in trained(run, name).items())
+
+
+def test_a_learned_weight_is_trained_and_left_behind(tmp_path: Path) -> None:
+    images = image_folder(tmp_path / "images")
+    plain, learned = (
+        tiny_config(tmp_path / str(on), images, f"--objective.learned_weighting={str(on).lower()}", max_train_steps=4)
+        for on in (False, True)
+    )
+    for config in (plain, learned):
+        train(config, progress=False)
+    kept = [
+        set(found.tensors["model"]) for found in map(checkpoint.load, (tmp_path / "False/run", tmp_path / "True/run"))
+    ]  # type: ignore[union-attr]
+    assert kept[1] - kept[0] == {"uncertainty.weight", "uncertainty.bias"}
+    found = checkpoint.load(tmp_path / "True/run")
+    assert (
+        found
+        and found.tensors["model"]["uncertainty.bias"].abs() > 0
+        and "uncertainty.bias" not in found.tensors["ema_0.9"]
+    )
+    files = [path.name for path in export(tmp_path / "True/run", tmp_path / "model").rglob("*.safetensors")]
+    assert len(files) == 2 and DiffusionModel.load(tmp_path / "model")

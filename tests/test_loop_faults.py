@@ -60,6 +60,9 @@ def test_a_look_that_fails_loses_no_step(
         ("--model.unet.num_class_embeds=3", "12 of 12 samples"),
         ("--model.unet.class_embed_type=timestep", "training has nothing to give to a U-Net with class_embed_type"),
         ("--model.unet.time_cond_proj_dim=4", "time_cond_proj_dim"),
+        ("--optimizer.optimizer=no.module:Here", "optimizer.optimizer: there is no module no"),
+        ("--objective.noise_distribution=math:none", "objective.noise_distribution: math has no none"),
+        ("--train.report_to=[nothing]", "train.report_to: nothing is no tracker"),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_it_begins(
