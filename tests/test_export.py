@@ -203,15 +203,9 @@ def test_a_learned_weight_is_trained_and_left_behind(tmp_path: Path) -> None:
     )
     for config in (plain, learned):
         train(config, progress=False)
-    kept = [
-        set(found.tensors["model"]) for found in map(checkpoint.load, (tmp_path / "False/run", tmp_path / "True/run"))
-    ]  # type: ignore[union-attr]
-    assert kept[1] - kept[0] == {"uncertainty.weight", "uncertainty.bias"}
-    found = checkpoint.load(tmp_path / "True/run")
-    assert (
-        found
-        and found.tensors["model"]["uncertainty.bias"].abs() > 0
-        and "uncertainty.bias" not in found.tensors["ema_0.9"]
-    )
+    one, other = (checkpoint.load(tmp_path / name / "run") for name in ("False", "True"))
+    assert one and other
+    assert set(other.tensors["model"]) - set(one.tensors["model"]) == {"uncertainty.weight", "uncertainty.bias"}
+    assert other.tensors["model"]["uncertainty.bias"].abs() > 0 and "uncertainty.bias" not in other.tensors["ema_0.9"]
     files = [path.name for path in export(tmp_path / "True/run", tmp_path / "model").rglob("*.safetensors")]
     assert len(files) == 2 and DiffusionModel.load(tmp_path / "model")
