@@ -8,7 +8,6 @@ import argparse
 import errno
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stdout.flush()
     except Failure as failure:
-        return tell(str(failure), failure.exit_code)
+        return failure.exit_code if failure.told else tell(str(failure), failure.exit_code)
     except KeyboardInterrupt as stop:
         return tell(str(stop) or "interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -103,9 +102,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from diffusion_unet.model_index import draws_from_prompts
+
     names = ("ema", "dtype", "variant", "layout")
     out = _export_run(Path(arguments.source), Path(arguments.out), **{name: getattr(arguments, name) for name in names})
-    if (out / "model_index.json").is_file():
+    if draws_from_prompts(out):
         print(f'Model: {out}. Next: {command()} sample {quote(out)} "a prompt" --seeds 0-7 --out out')
     else:
         print(f"Written: {out}")
@@ -119,14 +120,14 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from diffusion_unet.images import grid, save_png
+    from diffusion_unet.images import first_free, grid, save_png
 
     settings = _drawing_settings(arguments)
     model = _load(arguments.model, arguments.device)
     common = {**settings, "model": arguments.model, "model_hash": model.fingerprint(), "version": __version__}
     del common["batch_size"]  # the pictures do not depend on it
     folder, prompts = Path(arguments.out), arguments.prompts or [""]
-    first = _first_free(folder)
+    first = first_free(folder)
     cells = [(number, prompt, seed) for number, prompt in enumerate(prompts, first) for seed in arguments.seeds]
     kept = 0
 
@@ -145,12 +146,6 @@ def _sample(arguments: argparse.Namespace) -> None:
         sheet = folder / f"grid-{first:05d}.png"
     save_png(sheet, grid(images, prompts, len(arguments.seeds)))
     print(f"Pictures: {len(images)} in {folder}, all together in {sheet}")
-
-
-def _first_free(folder: Path) -> int:
-    """The number after those of all prompts that have a picture in the folder."""
-    found = [re.fullmatch(r"([0-9]{5,9})-[0-9]+\.png", file.name) for file in folder.glob("*.png")]
-    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -248,6 +243,9 @@ def _settings() -> str:
 def _find_config(name: str) -> Path:
     """The file of this name; where there is none, the config of this name that comes along."""
     shipped = CONFIGS / f"{name}.yaml"
+    if not Path(name).suffix and Path(name).name == name and not Path(name).exists() and not shipped.is_file():
+        known = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
+        raise InputError(f"{name}: there is no such config file{suggest(name, known)}")
     return shipped if not Path(name).is_file() and Path(name).name == name and shipped.is_file() else Path(name)
 
 

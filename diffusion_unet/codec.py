@@ -114,7 +114,7 @@ class LatentCodec:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LatentCodec":
         """Moves the autoencoder, and returns itself."""
-        self.vae.to(device=device, dtype=dtype)
+        torch.nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own speaks of modules there are not
         return self
 
     def save(self, folder: Path | str, *, variant: str | None = None, dtype: torch.dtype | None = None) -> None:

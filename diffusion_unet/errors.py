@@ -5,6 +5,7 @@ class Failure(Exception):
     """The base of every error that is meant for a person: its text is one line that names the thing and the remedy."""
 
     exit_code = 1
+    told = False  # by another process, so that it is not told again
 
 
 class InputError(Failure, ValueError):

@@ -5,6 +5,7 @@ Arrays are uint8 [H, W, C], C = 1 (grey) or 3 (sRGB).
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,12 @@ def save_png(path: Path | str, image: Image.Image | np.ndarray, record: Mapping[
     file = io.BytesIO()
     picture.save(file, "PNG", pnginfo=info)
     write_bytes(Path(path), file.getvalue())
+
+
+def first_free(folder: Path) -> int:
+    """The number after those of all prompts that have a picture in the folder."""
+    found = [re.fullmatch(r"([0-9]{5,9})-[0-9]+\.png", file.name) for file in folder.glob("*.png")]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def parameters(record: Mapping[str, Any], size: tuple[int, int]) -> str:

@@ -47,6 +47,9 @@ def _folder(path: Path) -> dict[str, Any]:
     if steps:
         facts = {"kind": "training run", "checkpoints": ", ".join(map(str, sorted(steps)))}
         return {**facts, **_checkpoint(steps[max(steps)])}
+    for name in ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors"):
+        if (path / name).is_file():
+            return _weights(path / name)
     raise InputError(f"{path}: no model folder (model_index.json), part of one (config.json), run or checkpoint")
 
 
@@ -136,6 +139,14 @@ def _weights(path: Path) -> dict[str, Any]:
         kind = "weights of a U-Net"
         contexts = {shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")}
         facts = {"in_channels": shapes["conv_in.weight"][1], "cross_attention_dim": min(contexts, default=None)}
+    elif any(key.startswith("model.diffusion_model.") for key in shapes):
+        kind = "a model in the original single-file layout"
+    elif any(part in key for key in shapes for part in (".lora_A.", ".lora_down.", "lora_linear_layer")):
+        kind = "a LoRA or DoRA"
+    elif "placeholder_token" in headers.metadata:
+        kind = "a word of textual inversion"
+    elif any(key.startswith("unet.") for key in shapes):
+        kind = "weights of a run: U-Net, and the text encoder where it is trained"
     elif any(key.endswith("embeddings.token_embedding.weight") for key in shapes):
         kind = "weights of a text encoder"
     metadata = {f"metadata.{key}": value for key, value in sorted(headers.metadata.items())}

@@ -25,7 +25,7 @@ from .codec import LatentCodec, PixelCodec
 from .conditioning import PromptEncoder, TextEncoder
 from .denoiser import Denoiser
 from .errors import InputError, SaveError
-from .model_index import INDEX, PARTS, PIPELINES, PIXELS, index_of, read_index, task_of
+from .model_index import INDEX, PARTS, PIPELINES, PIXELS, index_of, read_index, stored_variant, task_of
 from .prompts import ClassLabels, DualTextEncoder
 from .schedule import NoiseSchedule
 from .unet import UNet
@@ -175,7 +175,8 @@ class DiffusionModel:
         path: the folder, or a single .safetensors file in the original layout of these. config: for a single file
         alone, a folder as above whose configs and tokenizers are those of the file; its weights are not read.
 
-        dtype None keeps that of the files. Raises InputError, one line that names the file, when a part is missing,
+        variant None takes plain weights, or the one variant that is there. dtype None keeps that of the files. Raises
+        InputError, one line that names the file, when a part is missing,
         damaged, of another architecture, or of a class that is not known here. No code is taken from the folder.
         """
         path = Path(path)
@@ -184,7 +185,7 @@ class DiffusionModel:
 
             model = cls(*load_original(path, config, dtype))
             return model.to(device) if device is not None else model
-        index = read_index(path)
+        index, variant = read_index(path), variant or stored_variant(path)
         text = _load_text(path, index, variant, dtype)
         unet = UNet.from_pretrained(path, subfolder="unet", variant=variant, dtype=dtype)
         settings = read_json(path / "scheduler" / "scheduler_config.json")

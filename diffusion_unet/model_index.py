@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .model import DiffusionModel
 
 INDEX = "model_index.json"
+WEIGHTS = "diffusion_pytorch_model"
 PIXELS = "PixelTextToImagePipeline"
 TEXT_TO_IMAGE, INPAINT, INSTRUCT_PIX2PIX = "text-to-image", "inpaint", "instruct-pix2pix"
 PARTS = frozenset(
@@ -67,7 +68,8 @@ def task_of(config: UNetConfig) -> str | None:
 def read_index(folder: Path) -> dict[str, Any]:
     """model_index.json, each known entry checked. Raises InputError."""
     if not (folder / INDEX).is_file():
-        raise InputError(f"{folder} is no model: it holds no {INDEX}; give a folder that `diffusion-unet export` wrote")
+        what = f"is no model: it holds no {INDEX}" if folder.exists() else "is not there"
+        raise InputError(f"{folder} {what}; give a model folder, as `diffusion-unet export` and diffusers write it")
     path = folder / INDEX
     index = read_json(path)
     name = index.get("_class_name")
@@ -88,6 +90,25 @@ def read_index(folder: Path) -> dict[str, Any]:
                 f"{path}: {key} is {ascii(index.get(key))[:80]}; {' or '.join(map(str, known))} can be worked with"
             )
     return index
+
+
+def draws_from_prompts(folder: Path) -> bool:
+    """Whether it is a model folder of a pipeline that draws from text, classes or nothing, and not from a picture."""
+    if not (folder / INDEX).is_file():
+        return False
+    name = read_index(folder)["_class_name"]
+    return name == PIXELS or PIPELINES[name].task == TEXT_TO_IMAGE
+
+
+def stored_variant(folder: Path) -> str | None:
+    """The word in the names of the weights, where there are no others. Raises InputError where there are several."""
+    names = [path.name for path in (folder / "unet").glob("*.safetensors*")]
+    if not names or any(name.startswith(f"{WEIGHTS}.safetensors") or name.startswith(f"{WEIGHTS}-") for name in names):
+        return None
+    words = {name.split(".")[1].partition("-")[0] for name in names if name.startswith(f"{WEIGHTS}.")}
+    if len(words) > 1:
+        raise InputError(f"{folder}: weights of several variants ({', '.join(sorted(words))}): name the one to take")
+    return next(iter(words), None)
 
 
 def _check_pixels(path: Path, index: dict[str, Any]) -> None:

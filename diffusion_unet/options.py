@@ -41,7 +41,7 @@ def train(parser: Parser, settings: str) -> None:
 
 def export(parser: Parser) -> None:
     parser.add_argument("source", metavar="RUN", help="folder of a training run")
-    parser.add_argument("out", metavar="OUT", help="folder to write the model to")
+    parser.add_argument("out", metavar="OUT", help="folder to write to; with single-file a name.safetensors")
     parser.add_argument("--ema", metavar="NAME", help="which averaged weights (the run's own); none: the last weights")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="number format of the weights (fp32)")
     parser.add_argument("--variant", help="word in the names of the weight files, such as fp16 (none)")
@@ -77,11 +77,16 @@ def evaluate(parser: Parser) -> None:
     parser.add_argument("--images", type=whole, metavar="N", help="pictures to draw, around the prompts (one of each)")
     parser.add_argument("--references", metavar="FOLDER", help="real pictures, for FID and KID")
     parser.add_argument(
-        "--features", metavar="NET", help="for FID and KID: fashion, folder of a CLIP model, or package.module:name"
+        "--features",
+        metavar="NET",
+        help="for FID and KID: fashion, folder of a CLIP model, or package.module:name, which is called with a list of"
+        " PIL pictures and gives a tensor [N, D]",
     )
     parser.add_argument("--clip", metavar="FOLDER", help="folder of a CLIP model, for the CLIP score")
     parser.add_argument(
-        "--classifier", metavar="NET", help="for prompt accuracy: fashion, or package.module:name giving logits"
+        "--classifier",
+        metavar="NET",
+        help="for prompt accuracy: fashion, or package.module:name as above, giving logits",
     )
     parser.add_argument("--card", action="store_true", help="write the scores into the model's README.md, too")
     drawing(parser)

@@ -165,8 +165,13 @@ def test_dtype_and_variant(pixels: DiffusionModel, tmp_path: Path) -> None:
     assert {p.dtype for part in (wide.unet, wide.text) for p in part.parameters()} == {torch.float32}
     assert torch.allclose(denoised(wide), denoised(pixels), atol=0.05)
     assert wide.to(dtype=torch.float64) is wide and wide.unet.dtype == torch.float64
-    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors|model\.safetensors"):
+    assert DiffusionModel.load(folder).fingerprint() == half.fingerprint()  # there is no other
+    for word in ("bf16", "fp16"):
+        (folder / "unet" / f"diffusion_pytorch_model.{word}.safetensors").touch()
+    with pytest.raises(InputError, match=r"weights of several variants \(bf16, fp16\): name the one to take"):
         DiffusionModel.load(folder)
+    shutil.rmtree(folder)
+    pixels.save(folder)
     large = DiffusionModel(tiny(1), pixels.schedule, pixels.text, pixels.codec)
     with torch.no_grad():
         large.unet.conv_in.bias[3] = 1e6
@@ -292,7 +297,8 @@ def refused(folder: Path, match: str) -> None:
 
 
 def test_folders_that_are_no_models(tmp_path: Path, copy: Path) -> None:
-    refused(tmp_path / "none", "is no model: it holds no model_index.json; give a folder")
+    refused(tmp_path / "none", "none is not there; give a model folder")
+    refused(tmp_path, "is no model: it holds no model_index.json; give a model folder")
     refused(copy / "unet", "is no model")
     refused(copy / "README.md", "is no model")
     (copy / "model_index.json").write_text("[1]")

@@ -228,3 +228,20 @@ def test_what_would_be_another_run_is_refused(
     with pytest.raises(InputError, match=words) as caught:
         make_accelerator(config)
     assert "\n" not in str(caught.value)
+
+
+def test_bad_input_is_told_once_by_all_processes_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = [f"--data.train_data_dir={tmp_path / 'none'}", f"--train.output_dir={tmp_path / 'run'}"]
+    result = subprocess.run(
+        [*command, "-m", "diffusion_unet", "train", "quickstart", *settings],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=tasks.HANGS,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("error: data.train_data_dir") == 1 and result.stderr.count("is no folder") == 1
+    assert "gloo" not in result.stderr and "RuntimeError" not in result.stderr
+    assert result.stderr.count("exitcode: 2") + result.stderr.count("exitcode  : 2") >= 1

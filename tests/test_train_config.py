@@ -149,7 +149,7 @@ def test_bad_files(tmp_path: Path, text: str, part: str) -> None:
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such config file"):
+    with pytest.raises(InputError, match="config file cannot be read"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
     with pytest.raises(InputError, match="UTF-8"):

@@ -49,9 +49,7 @@ class ScheduleConfig:
     beta_end: float | None = setting(
         None, "last beta of linear (null: 0.02) and scaled_linear (null: 0.012)", low=0.0, high=1.0
     )
-    zero_snr: bool = setting(
-        False, "rescale the betas so that the last timestep is pure noise (not for epsilon, flow and edm)"
-    )
+    zero_snr: bool = setting(False, "rescale the betas so that the last timestep is pure noise (not for epsilon)")
     shift: float | None = setting(None, "timestep shift of flow; null is 1.0", low=0.0)
     sigma_data: float | None = setting(None, "standard deviation of the data for edm; null is 0.5", low=0.0)
     sigma_min: float | None = setting(None, "lowest noise level of edm; null is 0.002", low=0.0)
@@ -162,7 +160,7 @@ class DataConfig:
         "key or column of the picture to be changed, for model.task instruct-pix2pix; null for others",
         fixed=False,
     )
-    instance_prompt: str | None = setting(None, "caption of every image (DreamBooth); null: their own")
+    instance_prompt: str | None = setting(None, "caption of every image (DreamBooth); null: their own", empty=True)
     class_data_dir: str | None = setting(
         None,
         "folder of images of the same class as the instances, for prior preservation (DreamBooth); null for none",
@@ -341,16 +339,14 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `--section.key=value` overrides in order, checks types, ranges and combinations.
 
-    Values of overrides are YAML too: `--optimizer.learning_rate=1e-3`, `--validation.validation_prompts=[a cat, a
-    dog]`; for settings that are text, they are the text. Raises InputError, one line that names the key, the value and
-    what is expected."""
+    Values of overrides are YAML too: `--validation.validation_prompts=[a cat, a dog]`; for settings that are text, they
+    are the text. Raises InputError, one line that names the key, the value and what is expected."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a UTF-8 text file ({type(error).__name__})") from None
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise InputError(f"{path}: the config file cannot be read ({reason})") from None
     tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected sections such as `train:`, got {show(tree)}")

@@ -12,17 +12,20 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diffusion_unet.errors import InputError, SaveError
+from diffusion_unet.errors import Failure, InputError, NonFiniteError, SaveError, Stopped
 
 from .config import Config
 from .metrics import tracker_settings
 
 NOT_SUPPORTED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+FAILURES = (InputError, NonFiniteError, SaveError, Stopped)
+MESSAGE = 4096  # bytes of an error that the processes tell one another
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -88,6 +91,29 @@ def _sharding() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
+def by_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
+    """Has the main process do something while the others wait. Where it fails, all of them raise its Failure."""
+    failure: Failure | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Failure as error:
+            failure = error
+    if accelerator.num_processes > 1:
+        text = "" if failure is None else str(failure)
+        words = torch.zeros(1 + MESSAGE, dtype=torch.int64, device=accelerator.device)
+        words[0] = 0 if failure is None else failure.exit_code
+        letters = torch.tensor(list(text.encode()[:MESSAGE]), dtype=torch.int64, device=accelerator.device)
+        words[1 : 1 + len(letters)] = letters
+        code, *rest = broadcast(words, from_process=0).tolist()
+        if code and failure is None:
+            message = bytes(rest).rstrip(b"\0").decode(errors="ignore")
+            failure = next(kind for kind in FAILURES if kind.exit_code == code)(message)
+            failure.told = True  # by the main process
+    if failure is not None:
+        raise failure
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be cut over the processes, which then call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -142,7 +168,9 @@ def locked(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise SaveError(f"{run}: the run folder cannot be made ({error.strerror})") from error
+        raise SaveError(
+            f"{run}: the run folder cannot be made ({error.strerror}): give another train.output_dir"
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

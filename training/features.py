@@ -65,7 +65,13 @@ def _own(path: str, key: str) -> Network:
         raise InputError(f"{key}: {path} cannot be called with a list of pictures")
 
     def look(images: list[Image.Image]) -> Tensor:
-        answer = network(images)
+        try:
+            answer = network(images)
+        except Exception as error:  # whatever the user's own code raises
+            line = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{key}: {path} failed on {len(images)} pictures: {type(error).__name__}: {line}"
+            ) from error
         if not (isinstance(answer, Tensor) and answer.ndim == 2 and len(answer) == len(images)):
             got = f"a tensor {list(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
             raise InputError(f"{key}: {path} gave {got} for {len(images)} pictures: give a tensor [{len(images)}, D]")

@@ -25,7 +25,7 @@ from . import checkpoint
 from .batches import Batch, Batches, encode, told
 from .config import Config, changed, to_dict
 from .ema import make_emas
-from .engine import StopSignal, cut_as, kept, locked, make_accelerator, own_part, put, whole
+from .engine import StopSignal, by_main, cut_as, kept, locked, make_accelerator, own_part, put, whole
 from .evaluate import level_losses
 from .looking import OWN_AVERAGE, Preview, draw_and_measure
 from .metrics import LEVELS_EVERY, Metrics, open_trackers
@@ -50,10 +50,12 @@ def train(config: Config, *, preview: Preview | None = None, progress: bool = Tr
     run = Path(config.train.output_dir)
     say = _say if accelerator.is_main_process else lambda message: None
     with ExitStack() as stack:
-        if accelerator.is_main_process:
+
+        def take() -> None:
             stack.enter_context(locked(run))
             checkpoint.sweep(run)
-        accelerator.wait_for_everyone()
+
+        by_main(accelerator, take)
         found = checkpoint.load(run, say)
         if found:
             refuse_changes(found, config)
@@ -113,7 +115,8 @@ class Trainer:
             )
         if found.state.get("data") != self.dataset.fingerprint:
             raise InputError(
-                f"{found.path}: data.train_data_dir: images or captions are not those that the run began with"
+                f"{found.path}: data.train_data_dir: images or captions are not those that the run began with: put them"
+                " back, or take another train.output_dir"
             )
 
     def _prepare(self) -> None:
@@ -124,6 +127,7 @@ class Trainer:
         if config.train.channels_last and not accelerator.is_fsdp2:  # which cuts contiguous weights only
             network.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.train.compile:
+            self.say("the U-Net is compiled at its first step, which may take minutes")
             network.unet.compile()
         if accelerator.is_fsdp2:  # accelerate does it for the others only
             network.forward = accelerator.autocast()(network.forward)  # type: ignore[method-assign]
@@ -347,9 +351,10 @@ def refuse_changes(found: checkpoint.Checkpoint, config: Config) -> None:
     """Raises InputError, naming settings with which a run cannot go on from a checkpoint."""
     changes = changed(found.state.get("config", {}), to_dict(config))
     if found.state["step"] > config.train.max_train_steps:
-        changes.append(f"train.max_train_steps: {config.train.max_train_steps}, for it has taken more: raise it")
+        changes.append(f"train.max_train_steps: {config.train.max_train_steps}, for it has taken more")
     if changes:
-        raise InputError(f"{found.path}: it cannot go on with {'; '.join(changes)}: or take another train.output_dir")
+        what = "; ".join(changes)
+        raise InputError(f"{found.path}: it cannot go on with {what}: change it back, or take another train.output_dir")
 
 
 def _say(message: str) -> None:

@@ -108,7 +108,15 @@ class Network(nn.Module):
 def load_pretrained(config: ModelConfig) -> DiffusionModel:
     """The model that `model.pretrained` names, float32. Raises InputError."""
     assert config.pretrained is not None
-    model = DiffusionModel.load(config.pretrained, config=config.pretrained_config, dtype=torch.float32)
+    if Path(config.pretrained).suffix == ".safetensors" and config.pretrained_config is None:
+        raise InputError(
+            f"model.pretrained_config is missing: {config.pretrained} holds weights alone; name the model folder whose"
+            " configs and tokenizers are its own"
+        )
+    try:
+        model = DiffusionModel.load(config.pretrained, config=config.pretrained_config, dtype=torch.float32)
+    except InputError as error:
+        raise InputError(f"model.pretrained: {error}") from None
     refuse_other_inputs(model.unet.config, "model.pretrained")
     return model
 

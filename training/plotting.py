@@ -153,8 +153,12 @@ def _draw_last_look(axes: "Axes", looks: Sequence[Mapping[str, Any]]) -> None:
                 sigmas, loss = np.array([float(name) for name in names]), _values({n: levels[n] for n in names})
                 axes.plot(sigmas, loss, style, color=colour, linewidth=1.8, marker="o", markersize=4)
                 shown.append(loss)
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("sigma")
     _label(axes, f"The same at each noise level, step {looks[-1]['step']:,}", "loss", *shown)
     for name, colour in _weights(looks).items():

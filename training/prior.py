@@ -12,6 +12,7 @@ from diffusion_unet.images import save_png
 from diffusion_unet.model import DiffusionModel
 
 from .config import Config
+from .engine import by_main
 from .folders import IMAGE_SUFFIXES
 from .network import load_pretrained
 
@@ -31,7 +32,8 @@ def fill_class_images(
     if data.class_data_dir is None:
         return
     folder = Path(data.class_data_dir)
-    if accelerator.is_main_process:
+
+    def fill() -> None:
         found = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES] if folder.is_dir() else []
         missing = [seed for seed in range(data.num_class_images) if not (folder / f"class-{seed:05d}.png").exists()]
         missing = missing[: max(0, data.num_class_images - len(found))]
@@ -47,4 +49,5 @@ def fill_class_images(
                 seeds = missing[start : start + AT_ONCE]
                 for seed, image in zip(seeds, preview(model, [str(data.class_prompt)], seeds), strict=True):
                     save_png(folder / f"class-{seed:05d}.png", image)
-    accelerator.wait_for_everyone()
+
+    by_main(accelerator, fill)

@@ -191,7 +191,8 @@ def read_prompts(path: Path) -> tuple[list[str], list[int] | None]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a UTF-8 text file ({type(error).__name__})") from None
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise InputError(f"{path}: cannot be read as a text file ({reason})") from None
     if not lines:
         raise InputError(f"{path}: holds no prompt")
     if path.suffix != ".jsonl":

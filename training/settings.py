@@ -22,11 +22,17 @@ REQUIRED = object()
 
 
 def explain(
-    help: str, *, low: float | None = None, high: float | None = None, fixed: bool = True, required: bool = False
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    fixed: bool = True,
+    required: bool = False,
+    empty: bool = False,
 ) -> dict[str, Any]:
     """The metadata of a field. `low` and `high` are inclusive bounds of a number; `fixed` says that a run cannot be
-    resumed with another value."""
-    return {"help": help, "low": low, "high": high, "fixed": fixed, "required": required}
+    resumed with another value, `empty` that a text may be empty."""
+    return {"help": help, "low": low, "high": high, "fixed": fixed, "required": required, "empty": empty}
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
@@ -107,6 +113,8 @@ def _convert(value: Any, spec: "dataclasses.Field[Any]", key: str) -> Any:
         if choice in (int, float) and _is_number(value, choice):
             if (low is None or value >= low) and (high is None or value <= high):
                 return choice(value)
+        elif choice is str and value == "" and not spec.metadata["empty"]:
+            raise InputError(f"{key}: is empty; give a text, or leave it out")
         elif _accepts(choice, value):
             return tuple(map(str, value)) if isinstance(value, list) else value
     limits = " and ".join(

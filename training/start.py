@@ -17,6 +17,7 @@ from diffusion_unet.model import DiffusionModel
 
 from . import data
 from .config import Config, DataConfig
+from .engine import by_main
 from .imports import load_object
 from .network import fit_to_task, load_pretrained, new_channels, new_model, told_by
 
@@ -36,6 +37,8 @@ def start(
     fingerprint = pretrained.fingerprint() if pretrained else None
     channels = pretrained.codec.channels if pretrained else new_channels(config.model, config.data.resolution)
     told = told_by(config.model, pretrained)
+    if config.data.label_column is not None and told != "label":
+        raise InputError("data.label_column: this model is not told classes; take it out")
     if config.data.shuffle_tags and told != "caption":
         raise InputError("data.shuffle_tags: this model is not told captions; take it out")
     if pretrained is not None and config.model.textual_inversion is None:
@@ -43,9 +46,8 @@ def start(
     dataset = _look(config, accelerator, channels, told, say, shown("looking at images", progress))
     if pretrained is None and not again:
         # A new model is kept: its tokenizer and pixel statistics are the run's.
-        if accelerator.is_main_process:
-            new_model(config, dataset).save(Path(config.train.output_dir) / BASE)
-        accelerator.wait_for_everyone()
+        base = Path(config.train.output_dir) / BASE
+        by_main(accelerator, lambda: new_model(config, dataset).save(base))
     model = (fit_to_task(pretrained, config) if pretrained else untrained(config)).to(accelerator.device)
     if model.text is not None and accelerator.is_main_process and (cut := count_cut(model.text, dataset)):
         say(f"{cut} captions are longer than the text encoder reads, and are cut")
@@ -119,13 +121,16 @@ def _look(
     run, main = Path(config.train.output_dir), accelerator.is_main_process
     index = Path(str(with_cache(config).cache_dir)) / INDEX
 
-    def look() -> data.Dataset:
-        source = data.open_data(with_cache(config), channels)
-        return data.inspect(source, config.data, channels, told=told, index=index, watch=watch, write=main)
+    seen: list[data.Dataset] = []
 
-    dataset = look() if main else None
-    accelerator.wait_for_everyone()
-    dataset = dataset or look()
+    def look() -> None:
+        source = data.open_data(with_cache(config), channels)
+        seen.append(data.inspect(source, config.data, channels, told=told, index=index, watch=watch, write=main))
+
+    by_main(accelerator, look)
+    if not seen:
+        look()
+    dataset = seen[0]
     if dataset.bad and main:
         lines = "".join(json.dumps(bad._asdict()) + "\n" for bad in dataset.bad)
         write_bytes(run / BAD, lines.encode())
