@@ -43,8 +43,20 @@ def shorten(text: str, limit: int = 60) -> str:
     return ascii(text) if len(text) <= limit else ascii(text[:limit]) + "..."
 
 
+def tokenizer_json(tokenizer: Any) -> str:
+    """The tokenizer as JSON, without how the last texts were cut and filled up, which transformers keeps in it."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    text: str = plain.to_str()
+    return text
+
+
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    whole = tokenizer_json(tokenizer)
+    model = json.loads(whole)["model"]
     merges = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"])]
     settings = {
         "tokenizer_class": "CLIPTokenizer",
@@ -55,7 +67,7 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         "unk_token": tokenizer.unk_token,
     }
     texts = {
-        "tokenizer.json": tokenizer.backend_tokenizer.to_str(),
+        "tokenizer.json": whole,
         "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
         "merges.txt": "\n".join(merges) + "\n",
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",

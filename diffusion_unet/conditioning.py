@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .clip import load_model, load_tokenizer, save_model, save_tokenizer, shorten
+from .clip import load_model, load_tokenizer, save_model, save_tokenizer, shorten, tokenizer_json
 from .errors import InputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -188,8 +188,7 @@ class TextEncoder(PromptEncoder):
         return Conditioning(context=self.model(ids.to(device)).last_hidden_state)
 
     def vocabulary(self) -> bytes:
-        text: str = self.tokenizer.backend_tokenizer.to_str()
-        return text.encode()
+        return tokenizer_json(self.tokenizer).encode()
 
     def save(self, folder: Path | str, *, variant: str | None = None, dtype: torch.dtype | None = None) -> None:
         """Writes `text_encoder/` and `tokenizer/` in `folder`, each for the stock class of its name.

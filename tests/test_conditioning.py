@@ -337,3 +337,15 @@ def test_rows_of_a_conditioning() -> None:
     assert half.context.dtype == torch.bfloat16 and half.mask.dtype == torch.bool
     assert half.time_ids.tolist() == whole.time_ids.tolist() and half.class_labels.dtype == torch.int64
     assert whole.to("cpu", torch.float32).context is whole.context
+
+
+def test_what_a_tokenizer_was_last_asked_is_no_part_of_it(tmp_path: Path) -> None:
+    encoder = new_text_encoder(
+        train_tokenizer(["a red boat"], 520, 8), hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    before, fingerprint = encoder.vocabulary(), encoder.fingerprint()
+    encoder.tokenizer(["a boat", "red"], padding="max_length", truncation=True, max_length=5)
+    assert encoder.tokenizer.backend_tokenizer.padding is not None
+    assert encoder.vocabulary() == before and encoder.fingerprint() == fingerprint
+    encoder.save(tmp_path)
+    assert (tmp_path / "tokenizer/tokenizer.json").read_bytes() == before
