@@ -104,7 +104,8 @@ class Report:
         """A table of the figures, then the notes, then the faults, which a terminal then shows."""
         rows = [row for name in _ROWS if name in self.figures for row in _ROWS[name](self.figures)]
         kinds = Counter(fault.kind for fault in self.faults if not fault.stops)
-        rows += [("faults", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none in samples")]
+        none = "none in samples" if "images" in self.figures else "no sample was looked at"
+        rows += [("faults", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or none)]
         width = max(len(name) for name, _ in rows) + 2
         lines = [f"{name:{width}}{text}" for name, text in rows]
         for note in self.notes:
