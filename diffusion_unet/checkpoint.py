@@ -12,44 +12,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import InputError, SaveError
-
-MAX_JSON_BYTES = 1 << 20
-
-
-def read_json(path: str | Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes (1 MB).
-
-    Raises:
-        InputError: the file is missing, too large, no JSON, or its top level is no object.
-    """
-    path = Path(path)
-    try:
-        if path.stat().st_size > limit:
-            raise InputError(f"{path}: over {limit} bytes, too large for a configuration")
-        value = json.loads(path.read_bytes())
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); is this the right folder?") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, where an object was expected")
-    return value
+from .errors import InputError, SaveError, in_bytes
+from .untrusted import is_file_name, read_header
+from .untrusted import read_json as read_json
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
+    """All tensors of a safetensors file, on the CPU. Its header is checked before a byte is mapped.
 
     Raises:
         InputError: the file is missing, truncated or no safetensors.
     """
+    read_header(path)
     try:
         return load_file(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); is this the right folder?") from None
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"{path}: damaged, or no safetensors file ({error}); copy or download it again") from None
 
 
@@ -60,11 +37,12 @@ def read_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[d
     if path.exists() or not index.exists():
         return read_safetensors(path), path
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+    if not isinstance(names, dict) or not all(map(is_file_name, names.values())):
         raise InputError(f"{index}: its weight_map must give each tensor a file of the same folder")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(names.values())):
-        tensors.update(read_safetensors(folder / name))
+    parts = [read_safetensors(folder / name) for name in sorted({*names.values()})]
+    tensors = {key: tensor for part in parts for key, tensor in part.items()}
+    if tensors.keys() != names.keys() or sum(map(len, parts)) != len(names):
+        raise InputError(f"{index}: the tensors of its files are not those that its weight_map says")
     return tensors, index
 
 
@@ -81,14 +59,19 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str | P
     problems = [f"{key} is missing" for key in own if key not in tensors]
     problems += [f"{key} is not part of this architecture" for key in tensors if key not in own]
     problems += [
-        f"{key} is {list(tensors[key].shape)} in the file and {list(own[key].shape)} in this architecture"
+        f"{key} is {_kind(tensors[key])} in the file and {_kind(own[key])} in this architecture"
         for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
+        if key in tensors and _kind(tensors[key]) != _kind(own[key])
     ]
     if problems:
         more = f", and {len(problems) - 1} more like it" if len(problems) > 1 else ""
         raise InputError(f"{source}: {problems[0]}{more}; the weights are of another architecture than the config.json")
     module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def _kind(value: Tensor) -> str:
+    # In 8 bits weights are kept, not computed with.
+    return f"{list(value.shape)}" + ("" if value.is_floating_point() and value.itemsize > 1 else f" of {value.dtype}")
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, name: str) -> dict[str, Tensor]:
@@ -141,7 +124,7 @@ def _replacing(path: Path, size: int) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise SaveError(f"{path}: could not be saved ({reason}); {size} bytes are needed") from error
+        raise SaveError(f"{path}: could not be saved ({reason}); {in_bytes(size)} are needed") from error
     finally:
         with suppress(OSError):  # the folder itself may be what is wrong
             temporary.unlink()

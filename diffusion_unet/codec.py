@@ -4,6 +4,7 @@ Shapes: B batch, C picture channels, H W picture, c h w latents. Pictures are ui
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import cast, read_json, write_json, write_safetensors
+from .checkpoint import cast, load_state, read_weights, write_json, write_safetensors
 from .errors import InputError, NonFiniteError
+from .untrusted import Field, checked, read_json
+
+WEIGHTS = "diffusion_pytorch_model"
+MAX_LEVELS = 8
+
+VAE_FIELDS = {
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "norm_num_groups"), Field(int, 1, 4096)),
+    **dict.fromkeys(("down_block_types", "up_block_types"), Field(str, listed=True)),
+    **dict.fromkeys(("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), Field(bool)),
+    "block_out_channels": Field(int, 1, 1 << 16, listed=True),
+    "layers_per_block": Field(int, 1, 64),
+    "act_fn": Field(str),
+    "sample_size": Field(int, 1, 1 << 20),
+    "scaling_factor": Field(float, 1e-9, 1e9),
+    "shift_factor": Field(float, -1e9, 1e9),
+    "latents_mean": Field(float, -1e9, 1e9, listed=True),
+    "latents_std": Field(float, 1e-9, 1e9, listed=True),
+}
+_BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+}
+_OF_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
@@ -89,8 +113,9 @@ class LatentCodec:
             height, width = images.shape[1:3]
             raise InputError(f"pictures of {width}x{height}: the autoencoder needs multiples of {self.scale_factor}")
         x = images.movedim(-1, 1).to(self.vae.device, torch.float32) / 127.5 - 1
-        normal = self.vae.encode(x.to(self.vae.dtype)).latent_dist
-        return torch.cat([normal.mean, normal.logvar], dim=1).float()  # [B, 2c, h, w]
+        normals = [self.vae.encode(part).latent_dist for part in _apart(x.to(self.vae.dtype))]
+        rows = [torch.cat([normal.mean, normal.logvar], dim=1) for normal in normals]
+        return torch.cat(rows).float()  # [B, 2c, h, w]
 
     @torch.no_grad()
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -110,7 +135,7 @@ class LatentCodec:
         """[B, c, h, w] -> uint8 [B, H, W, 3], clamped and rounded to nearest. Raises NonFiniteError."""
         z = x.to(self.vae.device, torch.float32)
         z = z / self._scale.to(z) + self._shift.to(z)
-        return _to_bytes(self.vae.decode(z.to(self.vae.dtype)).sample.float())
+        return _to_bytes(torch.cat([self.vae.decode(part).sample for part in _apart(z.to(self.vae.dtype))]).float())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LatentCodec":
         """Moves the autoencoder, and returns itself."""
@@ -132,24 +157,56 @@ class LatentCodec:
     @classmethod
     def load(cls, folder: Path | str, *, variant: str | None = None, dtype: torch.dtype | None = None) -> "LatentCodec":
         """Reads the `vae/` of a diffusers folder. Raises InputError when it is missing, damaged, or another class."""
-        folder = Path(folder)
-        kind = read_json(folder / "config.json").get("_class_name")
-        if kind != "AutoencoderKL":
-            raise InputError(f"{folder} holds {kind!a}: an AutoencoderKL is needed")
-        from diffusers import AutoencoderKL
+        vae = load_vae(Path(folder), variant)
+        return cls(torch.nn.Module.to(vae, dtype=dtype or torch.float32))
 
-        try:
-            vae, report = AutoencoderKL.from_pretrained(
-                folder, variant=variant, torch_dtype=dtype, use_safetensors=True, local_files_only=True,
-                low_cpu_mem_usage=False, output_loading_info=True,
-            )  # fmt: skip
-        except Exception as error:  # whatever the reader raises, the folder is what is wrong
-            line = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder} cannot be read as an AutoencoderKL: {line}") from error
-        wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
-        if wrong:
-            raise InputError(f"{folder}: the weights are not those of its config.json, beginning with {wrong[0]}")
-        return cls(vae)
+
+def _apart(x: Tensor) -> Sequence[Tensor]:
+    """On a CPU one picture at a time, which stays in its caches; elsewhere all at once."""
+    return x.split(1) if x.device.type == "cpu" else (x,)
+
+
+def load_vae(folder: Path, variant: str | None) -> Any:
+    """The diffusers AutoencoderKL in a folder, of the files' dtype. Raises InputError."""
+    from diffusers import AutoencoderKL
+
+    settings = vae_settings(folder / "config.json")
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKL(**settings)
+    except Exception as error:  # whatever the class raises, the settings are what is wrong
+        line = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder / 'config.json'}: no network can be made of it ({line})") from error
+    tensors, source = read_weights(folder, WEIGHTS, variant)
+    load_state(vae, {_modern(key): tensor for key, tensor in tensors.items()}, source)
+    return vae
+
+
+def vae_settings(path: Path) -> dict[str, Any]:
+    """The fields of an AutoencoderKL's config.json, checked; others are left out. Raises InputError."""
+    raw = read_json(path)
+    if raw.get("_class_name") != "AutoencoderKL":
+        raise InputError(f"{path} describes {ascii(raw.get('_class_name'))[:60]}: an AutoencoderKL is needed")
+    settings = checked(raw, VAE_FIELDS, path)
+    levels = len(settings.get("block_out_channels", [64]))
+    if not 1 <= levels <= MAX_LEVELS:
+        raise InputError(f"{path}: block_out_channels has {levels} levels: 1 to {MAX_LEVELS} can be worked with")
+    for name, known in _BLOCKS.items():
+        kinds = settings.get(name, known[:1])
+        if len(kinds) != levels or not all(kind in known for kind in kinds):
+            raise InputError(f"{path}: {name} is {ascii(kinds)[:80]}: {levels} of {' or '.join(known)} are needed")
+    for name in ("latents_mean", "latents_std"):
+        if name in settings and len(settings[name]) != settings.get("latent_channels", 4):
+            raise InputError(f"{path}: {name} has {len(settings[name])} numbers: one for each of latent_channels")
+    return settings
+
+
+def _modern(key: str) -> str:
+    """The key of an autoencoder's weight, as versions of diffusers after 2022 spell it."""
+    if ".attentions." not in key or key.count(".") < 2:
+        return key
+    module, name, parameter = key.rsplit(".", 2)
+    return f"{module}.{_OF_2022.get(name, name)}.{parameter}"
 
 
 def _check_images(images: Tensor, channels: int) -> None:

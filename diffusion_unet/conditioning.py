@@ -17,8 +17,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .clip import load_model, load_tokenizer, save_model, save_tokenizer, shorten, tokenizer_json
+from .clip import load_model, load_tokenizer, save_model, save_tokenizer, tokenizer_json
 from .errors import InputError
+from .untrusted import shorten
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ALPHABET = 256  # bytes; each is a token once inside a word and once ending it
@@ -145,9 +146,10 @@ class TextEncoder(PromptEncoder):
         self.tokenizer = tokenizer
         self.model = model
         config: Any = model.config
-        if len(tokenizer) > config.vocab_size:
+        tokens = 1 + max(tokenizer.get_vocab().values())
+        if tokens > config.vocab_size:
             raise InputError(
-                f"the tokenizer has {len(tokenizer)} tokens, the text encoder embeds {config.vocab_size}:"
+                f"the tokenizer has {tokens} tokens, the text encoder embeds {config.vocab_size}:"
                 " take both from the same model"
             )
         self.max_length: int = min(tokenizer.model_max_length, config.max_position_embeddings)

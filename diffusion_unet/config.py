@@ -13,6 +13,8 @@ from .errors import InputError
 Check = Callable[[Any], bool]
 
 PREFIX = "U-Net configuration: "
+# What a file from a stranger may ask for: no network known comes near, and one within them is built at once.
+MAX_SIZE, MAX_PIXELS, MAX_KERNEL, MAX_LAYERS, MAX_LEVELS, MAX_BLOCKS = 1 << 20, 1 << 14, 63, 256, 16, 2048
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # name: has it attention?
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 MID_BLOCKS = {None: False, "UNetMidBlock2D": False, "UNetMidBlock2DCrossAttn": True}
@@ -32,8 +34,9 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _whole(most: int = MAX_SIZE, step: int = 1) -> Check:
+    """A whole number above 0, at most `most`; an odd one where `step` is 2."""
+    return lambda value: type(value) is int and 0 < value <= most and value % step == 1 % step
 
 
 def _boolean(value: Any) -> bool:
@@ -44,21 +47,26 @@ def _above_zero(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
+def _bit(value: Any) -> bool:
+    return type(value) in (int, float) and value in (0, 1)
+
+
 def _fraction(value: Any) -> bool:
-    return value == 0 or (_above_zero(value) and value < 1)
+    return (_bit(value) or _above_zero(value)) and value < 1
 
 
-def _odd(value: Any) -> bool:
-    return _positive(value) and value % 2 == 1
+def _each(holds: Check, depth: int = 1) -> Check:
+    """The check of one value, or of every entry of a non-empty tuple, of which `depth` may be one in the other."""
+    inner = _each(holds, depth - 1) if depth else lambda value: False
+    return lambda value: bool(value) and all(map(inner, value)) if isinstance(value, tuple) else holds(value)
 
 
-def _each(holds: Check) -> Check:
-    """The check of one value, or of every entry of a non-empty tuple, nested or not."""
-    return lambda value: bool(value) and all(map(_each(holds), value)) if isinstance(value, tuple) else holds(value)
+def _tuple(holds: Check, most: int = MAX_LEVELS) -> Check:
+    return lambda value: isinstance(value, tuple) and len(value) <= most and _each(holds)(value)
 
 
-def _tuple(holds: Check) -> Check:
-    return lambda value: isinstance(value, tuple) and _each(holds)(value)
+def _sides(value: Any) -> bool:
+    return _whole(MAX_PIXELS)(value) or (_tuple(_whole(MAX_PIXELS))(value) and len(value) == 2)
 
 
 def _field(default: Any, wanted: str, holds: Check, *, per_level: bool = False) -> Any:
@@ -75,7 +83,7 @@ def _field(default: Any, wanted: str, holds: Check, *, per_level: bool = False) 
 
 
 def _integer(default: int | None) -> Any:
-    return _field(default, "a whole number above 0", _positive)
+    return _field(default, f"a whole number above 0, at most {MAX_SIZE}", _whole())
 
 
 def _flag(default: bool) -> Any:
@@ -86,9 +94,9 @@ def _one_of(default: str | None, *names: str | None) -> Any:
     return _field(default, "one of " + ", ".join(name or "null" for name in names), lambda value: value in names)
 
 
-def _integers(default: int | None, *, nullable: bool = False) -> Any:
-    wanted = f"a whole number above 0{', null,' if nullable else ''} or a list with one for each level"
-    check = _each(lambda value: (nullable and value is None) or _positive(value))
+def _integers(default: int | None, *, nullable: bool = False, most: int = MAX_SIZE, depth: int = 1) -> Any:
+    wanted = f"a whole number above 0, at most {most}{', null,' * nullable} or a list with one for each level"
+    check = _each(lambda value: (nullable and value is None) or _whole(most)(value), depth)
     return _field(default, wanted, check, per_level=True)
 
 
@@ -116,29 +124,32 @@ class UNetConfig:
     """
 
     # Height and width that the weights were trained for, in x's own pixels.
-    sample_size: int | tuple[int, int] | None = _field(None, "a whole number above 0, a pair of them", _each(_positive))
+    sample_size: int | tuple[int, int] | None = _field(None, f"1 to {MAX_PIXELS}, or a pair of such", _sides)
     in_channels: int = _integer(4)
     out_channels: int = _integer(4)
     center_input_sample: bool = _flag(False)  # map x from [0, 1] to [-1, 1] first
     flip_sin_to_cos: bool = _flag(True)  # cosines before sines in the sinusoidal embedding
-    freq_shift: float = _field(0, "0 or 1", lambda value: value in (0, 1))
+    freq_shift: float = _field(0, "0 or 1", _bit)
     down_block_types: tuple[str, ...] = _names(("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), DOWN_BLOCKS)
     mid_block_type: str | None = _one_of("UNetMidBlock2DCrossAttn", *MID_BLOCKS)
     up_block_types: tuple[str, ...] = _names(("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, UP_BLOCKS)
     # The first attention of each transformer block attends to the text, too.
     only_cross_attention: bool | tuple[bool, ...] = _field(False, "true or false", _each(_boolean), per_level=True)
-    block_out_channels: tuple[int, ...] = _field((320, 640, 1280, 1280), "a list of widths above 0", _tuple(_positive))
-    layers_per_block: int | tuple[int, ...] = _integers(2)  # residual blocks a level going down; one more going up
-    downsample_padding: int = _field(1, "0 or 1", lambda value: value in (0, 1))  # 0: zeros at the far edges only
+    block_out_channels: tuple[int, ...] = _field((320, 640, 1280, 1280), "a list of 1 to 16 widths", _tuple(_whole()))
+    # Residual blocks a level going down; one more going up.
+    layers_per_block: int | tuple[int, ...] = _integers(2, most=MAX_LAYERS)
+    downsample_padding: int = _field(1, "0 or 1", _bit)  # 0: zeros at the far edges only
     mid_block_scale_factor: float = _field(1, "a number above 0", _above_zero)  # divides the middle's outputs
     dropout: float = _field(0.0, "a number from 0 to below 1", _fraction)
     act_fn: str = _one_of("silu", "silu", "swish")
     norm_num_groups: int = _integer(32)
     norm_eps: float = _field(1e-5, "a number above 0", _above_zero)
     cross_attention_dim: int | tuple[int | None, ...] | None = _integers(1280, nullable=True)
-    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = _integers(1)
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = _integers(1, most=MAX_LAYERS, depth=2)
     # Null: the same going up as going down.
-    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = _integers(None)
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = _integers(
+        None, most=MAX_LAYERS, depth=2
+    )
     encoder_hid_dim: int | None = _integer(None)  # width of the context before `encoder_hid_proj`
     encoder_hid_dim_type: str | None = _one_of(None, "text_proj")
     num_attention_heads: int | tuple[int, ...] = _integers(8)
@@ -151,8 +162,8 @@ class UNetConfig:
     resnet_time_scale_shift: str = _one_of("default", "default", "scale_shift")  # h + shift; h * (1 + scale) + shift
     time_embedding_dim: int | None = _integer(None)  # null: four times the first width
     time_cond_proj_dim: int | None = _integer(None)  # width of the guidance embedding of distilled models (LCM)
-    conv_in_kernel: int = _field(3, "an odd whole number", _odd)
-    conv_out_kernel: int = _field(3, "an odd whole number", _odd)
+    conv_in_kernel: int = _field(3, f"an odd whole number, at most {MAX_KERNEL}", _whole(MAX_KERNEL, 2))
+    conv_out_kernel: int = _field(3, f"an odd whole number, at most {MAX_KERNEL}", _whole(MAX_KERNEL, 2))
     projection_class_embeddings_input_dim: int | None = _integer(None)
     class_embeddings_concat: bool = _flag(False)
 
@@ -215,7 +226,7 @@ class UNetConfig:
         for spec in fields(self):
             value = getattr(self, spec.name)
             if not spec.metadata["holds"](value):
-                problems.append(f"{spec.name} is {_listed(value)!r}, and must be {spec.metadata['wanted']}")
+                problems.append(f"{spec.name} is {ascii(_listed(value))[:80]}, and must be {spec.metadata['wanted']}")
             elif count and spec.metadata["per_level"] and isinstance(value, tuple) and len(value) != count:
                 problems.append(f"{spec.name} has {len(value)} entries for {count} levels (block_out_channels)")
         return problems or self._dependent_problems()
@@ -235,8 +246,8 @@ class UNetConfig:
         }
         problems = [f"{name} is needed here" for name, needed in needs.items() if needed]
         layers = self._spread(self.layers_per_block)
-        wanted = (*layers, *(n + 1 for n in layers[::-1]))
-        for level, n in zip((*self.down_levels, *self.up_levels), wanted, strict=True):
+        wanted, levels = (*layers, *(n + 1 for n in layers[::-1])), (*self.down_levels, *self.up_levels)
+        for level, n in zip(levels, wanted, strict=True):
             if level.channels % self.norm_num_groups:
                 problems.append(f"norm_num_groups {self.norm_num_groups} does not divide the width {level.channels}")
             if len(level.depths) < n:
@@ -245,6 +256,8 @@ class UNetConfig:
                 problems.append("cross_attention_dim is null where a block with cross-attention needs it")
             if any(level.depths) and level.channels % level.heads:
                 problems.append(f"{level.heads} attention heads (attention_head_dim) do not divide {level.channels}")
+        if (blocks := sum(len(level.depths) + sum(level.depths) for level in levels)) > MAX_BLOCKS:
+            problems.append(f"layers_per_block and transformer_layers_per_block make {blocks}, over {MAX_BLOCKS}")
         return list(dict.fromkeys(problems))
 
     # --- diffusers' spelling -----------------------------------------------------------------------------------
@@ -261,7 +274,7 @@ class UNetConfig:
             InputError: naming every field that this network does not support, with its value.
         """
         known = {spec.name: spec for spec in fields(cls)}
-        given = {key: value for key, value in values.items() if not key.startswith("_")}
+        given = {key: value for key, value in values.items() if not str(key).startswith("_")}
         problems = []
         if given.pop("num_attention_heads", None) is not None:
             problems.append("num_attention_heads is set (diffusers calls the number of heads attention_head_dim)")
@@ -269,11 +282,12 @@ class UNetConfig:
             given["num_attention_heads"] = given.pop("attention_head_dim")
         for key, neutral in UNUSED.items():
             if key in given and (value := given.pop(key)) not in neutral:
-                problems.append(f"{key} is {value!r}, and only {neutral[0]!r} is supported")
+                problems.append(f"{key} is {ascii(value)[:80]}, and only {neutral[0]!r} is supported")
         if given.get("encoder_hid_dim") is not None and given.get("encoder_hid_dim_type") is None:
             given["encoder_hid_dim_type"] = "text_proj"
         if not ignore_unknown:
-            problems += [f"{key} is not a field of a U-Net" for key in sorted(given) if key not in known]
+            unknown = sorted(ascii(str(key))[1:-1][:60] for key in given.keys() - known)
+            problems += [f"{key} is not a field of a U-Net" for key in unknown]
         kept = {k: v for k, v in given.items() if k in known and (v is not None or known[k].metadata["holds"](None))}
         try:
             config = cls(**kept)

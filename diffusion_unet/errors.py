@@ -27,6 +27,21 @@ class SaveError(Failure, OSError):
 
 
 class Stopped(Failure):
-    """The run was told to stop (SIGTERM, Ctrl-C), and it has saved its state."""
+    """The run was told to stop (SIGTERM, Ctrl-C), or its stream broke off, and it has saved its state."""
 
     exit_code = 75
+
+
+def in_bytes(count: int) -> str:
+    """A size for a person and for a program: "900 bytes", "4123456789 bytes (3.8 GiB)"."""
+    return f"{count} bytes" if count < 1024 else f"{count} bytes ({in_units(count)})"
+
+
+def in_units(count: int) -> str:
+    """A size to one decimal: "900 bytes", "3.8 GiB"."""
+    value, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"

@@ -1,15 +1,18 @@
 """What a file or folder is, from its headers: no weights are read, nothing is unpickled, nothing in it is run."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from .errors import InputError
+from .errors import InputError, in_bytes
+from .untrusted import Header, parse_object, read_header, read_json
 
-MAX_DEPTH = 256  # layers of one level
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
-MAX_TEXT_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1 << 17  # of YAML, whose reader takes seconds for a megabyte
+MAX_STATE_BYTES = 64 << 20
+MAX_NODES = 1 << 18  # of a YAML file, whose parts may be in it many times over
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -54,9 +57,8 @@ def _folder(path: Path) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    from .checkpoint import read_json
-
-    facts: dict[str, Any] = {"kind": "model folder", "class": read_json(path / "model_index.json").get("_class_name")}
+    index = read_json(path / "model_index.json")
+    facts: dict[str, Any] = {"kind": "model folder", "class": index.get("_class_name")}
     for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
         if (path / name).is_dir():
             facts[name] = ", ".join(f"{key} {value}" for key, value in _part(path / name).items())
@@ -69,13 +71,37 @@ def _model(path: Path) -> dict[str, Any]:
         if (path / name).is_file():
             values = read_json(path / name)
             facts |= {f"{name.partition('/')[0]}.{key.strip('_')}": values.get(key) for key in keys}
+    known = _known()
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"):
+        values = read_json(path / name) if (path / name).is_file() else {}
+        if ignored := _ignored(values, known[Path(name).name]):
+            facts[f"{Path(name).stem}.ignored keys"] = ignored
     return facts
+
+
+def _known() -> dict[str, set[str]]:
+    """The keys that are read of a config, by its class, or by its file where that tells."""
+    from . import clip, codec, config, model_index, schedule
+
+    text = {*clip.TEXT_FIELDS, "architectures", "model_type"}
+    return {
+        "UNet2DConditionModel": {*config.UNetConfig().to_diffusers(), *config.UNUSED, "num_attention_heads"},
+        "AutoencoderKL": {*codec.VAE_FIELDS},
+        "CLIPTextModel": text,
+        "CLIPTextModelWithProjection": text,
+        "scheduler_config.json": {*schedule.FIELDS, "prediction_type", "beta_schedule", "clip_sample"},
+        "tokenizer_config.json": {*clip.TOKENIZER_FIELDS, *clip.TOKENS, "added_tokens_decoder"},
+        "model_index.json": {*model_index.PARTS, *model_index.SETTINGS},
+    }
+
+
+def _ignored(values: Mapping[str, Any], known: set[str]) -> str:
+    """Keys of a config that are not read; those of its writer's own, which begin with "_", are not listed."""
+    return ", ".join(str(key) for key in values if key not in known and not str(key).startswith("_"))
 
 
 def _part(path: Path) -> dict[str, Any]:
     """One sub-folder of a model: config.json, and weights in one file or several, of one variant or several."""
-    from .checkpoint import read_json
-
     variants: dict[str, list[Path]] = {}
     for file in sorted(path.glob("*.safetensors")):
         variants.setdefault(re.sub(r"-\d+-of-\d+", "", file.name), []).append(file)
@@ -83,74 +109,58 @@ def _part(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no .safetensors file beside config.json")
     config = read_json(path / "config.json")
     names = config.get("architectures")
-    facts: dict[str, Any] = {"class": config.get("_class_name") or (names[0] if isinstance(names, list) else None)}
+    kind = config.get("_class_name") or (names[0] if isinstance(names, list) and names else None)
+    facts: dict[str, Any] = {"class": kind}
     if len(variants) > 1:
         facts["variants"] = ", ".join(sorted(variants))
-    return {**facts, **_summary(_headers(variants[min(variants, key=len)]))}
+    facts |= _summary(_headers(variants[min(variants, key=len)]))
+    ignored = _ignored(config, _known().get(str(kind), {*config}))
+    return facts | ({"ignored keys": ignored} if ignored else {})
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from .checkpoint import read_json
-
-    state = read_json(path / "state.json")
+    state = read_json(path / "state.json", MAX_STATE_BYTES)
     averages = sorted(file.stem.removeprefix("ema_") for file in path.glob("ema_*.safetensors"))
     weights = _summary(_headers([path / "model.safetensors"]))
     return {"step": state.get("step"), "averages": ", ".join(averages) or "none", **weights}
 
 
-class _Headers(NamedTuple):
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: set[str]
-    metadata: dict[str, str]
+def _headers(files: Sequence[Path]) -> Header:
+    """The headers of several files as if they were one's."""
+    whole = Header({}, {})
+    for header in map(read_header, files):
+        whole.tensors.update(header.tensors)
+        whole.metadata.update(header.metadata)
+    return whole
 
 
-def _headers(files: Sequence[Path]) -> _Headers:
-    from safetensors import SafetensorError, safe_open
-
-    headers = _Headers({}, set(), {})
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    tensor = file.get_slice(key)
-                    headers.shapes[key] = tuple(tensor.get_shape())
-                    headers.dtypes.add(tensor.get_dtype())
-                headers.metadata.update(file.metadata() or {})
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path}: damaged, or no safetensors file ({error}); copy or download it again") from None
-    return headers
-
-
-def _summary(headers: _Headers) -> dict[str, Any]:
-    parameters = 0
-    for shape in headers.shapes.values():
-        count = 1
-        for size in shape:
-            count *= size
-        parameters += count
-    return {"parameters": f"{parameters:,}", "tensors": len(headers.shapes), "dtype": ", ".join(sorted(headers.dtypes))}
+def _summary(header: Header) -> dict[str, Any]:
+    parameters = sum(math.prod(entry.shape) for entry in header.tensors.values())
+    dtypes = sorted({entry.dtype for entry in header.tensors.values()})
+    return {"parameters": f"{parameters:,}", "tensors": len(header.tensors), "dtype": ", ".join(dtypes)}
 
 
 def _weights(path: Path) -> dict[str, Any]:
-    headers = _headers([path])
-    kind, shapes = "weights", headers.shapes
+    header = read_header(path)
+    kind, shapes = "weights", {key: entry.shape for key, entry in header.tensors.items()}
     facts: dict[str, Any] = {}
     if "conv_in.weight" in shapes and any(key.startswith("down_blocks.") for key in shapes):
         kind = "weights of a U-Net"
-        contexts = {shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")}
-        facts = {"in_channels": shapes["conv_in.weight"][1], "cross_attention_dim": min(contexts, default=None)}
+        contexts = {shape[-1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight") and shape}
+        channels = shapes["conv_in.weight"][1:2]  # [C, in, k, k], or what a stranger took for it
+        facts = {"in_channels": min(channels, default=None), "cross_attention_dim": min(contexts, default=None)}
     elif any(key.startswith("model.diffusion_model.") for key in shapes):
         kind = "a model in the original single-file layout"
     elif any(part in key for key in shapes for part in (".lora_A.", ".lora_down.", "lora_linear_layer")):
         kind = "a LoRA or DoRA"
-    elif "placeholder_token" in headers.metadata:
+    elif "placeholder_token" in header.metadata:
         kind = "a word of textual inversion"
     elif any(key.startswith("unet.") for key in shapes):
         kind = "weights of a run: U-Net, and the text encoder where it is trained"
     elif any(key.endswith("embeddings.token_embedding.weight") for key in shapes):
         kind = "weights of a text encoder"
-    metadata = {f"metadata.{key}": value for key, value in sorted(headers.metadata.items())}
-    return {"kind": kind, **_summary(headers), **facts, **metadata}
+    metadata = {f"metadata.{key}": value for key, value in sorted(header.metadata.items())}
+    return {"kind": kind, **_summary(header), **facts, **metadata}
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -168,18 +178,23 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _read_tree(path: Path) -> Mapping[str, Any]:
     if path.suffix.lower() == ".json":
-        from .checkpoint import read_json
-
         return read_json(path)
     from .plain_yaml import parse
 
     if path.stat().st_size > MAX_TEXT_BYTES:
-        raise InputError(f"{path}: over {MAX_TEXT_BYTES} bytes, too large for a configuration")
+        raise InputError(f"{path}: over {in_bytes(MAX_TEXT_BYTES)}, too large for a configuration")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{path}: cannot be read as a UTF-8 text file") from None
     tree = parse(text, str(path))
+    stack, nodes = [tree], 0
+    while stack and nodes <= MAX_NODES:
+        value = stack.pop()
+        stack += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        nodes += 1
+    if stack:
+        raise InputError(f"{path}: over {MAX_NODES} values, too many for a configuration")
     if not isinstance(tree, dict):
         raise InputError(f"{path}: holds a {type(tree).__name__}, where sections were expected")
     return tree
@@ -189,12 +204,9 @@ def _count(values: Mapping[str, Any], *, ignore_unknown: bool = False) -> dict[s
     """Builds the U-Net without memory for its weights. Raises InputError where the config is not supported."""
     import torch
 
-    from .config import UNUSED, UNetConfig
+    from .config import UNetConfig
     from .unet import UNet
 
-    for key, value in values.items():
-        if "layers_per_block" in str(key) and _largest(value) > MAX_DEPTH:
-            raise InputError(f"{key}: over {MAX_DEPTH} layers cannot be worked with")
     config = UNetConfig.from_diffusers(values, ignore_unknown=ignore_unknown)
     try:
         with torch.device("meta"):
@@ -205,24 +217,15 @@ def _count(values: Mapping[str, Any], *, ignore_unknown: bool = False) -> dict[s
     shown = ("sample_size", "in_channels", "out_channels", "block_out_channels", "cross_attention_dim")
     facts = config.to_diffusers()
     parameters = sum(parameter.numel() for parameter in unet.parameters())
-    known = {*facts, *UNUSED, "num_attention_heads"}
-    ignored = ", ".join(key for key in values if key not in known and not key.startswith("_"))
+    ignored = _ignored(values, _known()["UNet2DConditionModel"])
     described = {"parameters": f"{parameters:,}", **{key: facts.get(key) for key in shown}}
     return described | ({"ignored keys": ignored} if ignored else {})
 
 
-def _largest(value: Any) -> float:
-    """The largest number in nested lists."""
-    if isinstance(value, list | tuple):
-        return max(map(_largest, value), default=0)
-    return value if isinstance(value, int | float) else 0
-
-
 def _picture(path: Path) -> dict[str, Any]:
-    import json
     import warnings
 
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     from .images import RECORD
 
@@ -230,10 +233,10 @@ def _picture(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("PNG",)) as image:
             facts = {"kind": "picture", "size": f"{image.width}x{image.height}", "mode": image.mode}
             texts = image.info
-        record = json.loads(texts[RECORD]) if isinstance(texts.get(RECORD), str) else None
+        record = parse_object(texts[RECORD].encode(), RECORD) if isinstance(texts.get(RECORD), str) else None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: has too many pixels for a picture") from None
-    except (UnidentifiedImageError, OSError, ValueError, RecursionError) as error:
+    except Exception as error:  # decoders raise nearly everything on a damaged file
         raise InputError(f"{path}: damaged, or no PNG file: {error}") from None
     if isinstance(record, dict):
         return {**facts, **{f"record.{key}": value for key, value in record.items()}}

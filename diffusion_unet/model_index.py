@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoint import read_json
 from .codec import PixelCodec
 from .config import UNetConfig
 from .errors import InputError
 from .prompts import ClassLabels, DualTextEncoder
+from .untrusted import is_file_name, read_json
 
 if TYPE_CHECKING:
     from .model import DiffusionModel
@@ -24,6 +24,8 @@ PARTS = frozenset(
     (INDEX, "unet", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae", "README.md",
      "grid.png")
 )  # fmt: skip
+
+SETTINGS = ("pixel_mean", "pixel_std", "class_names", "force_zeros_for_empty_prompt", "is_cosxl_edit")
 
 
 class Pipeline(NamedTuple):
@@ -68,6 +70,8 @@ def task_of(config: UNetConfig) -> str | None:
 def read_index(folder: Path) -> dict[str, Any]:
     """model_index.json, each known entry checked. Raises InputError."""
     if not (folder / INDEX).is_file():
+        if any(folder.glob("checkpoint-*")):
+            raise InputError(f"{folder} is a training run: make a model of it, `diffusion-unet export {folder} MODEL`")
         what = f"is no model: it holds no {INDEX}" if folder.exists() else "is not there"
         raise InputError(f"{folder} {what}; give a model folder, as `diffusion-unet export` and diffusers write it")
     path = folder / INDEX
@@ -102,7 +106,7 @@ def draws_from_prompts(folder: Path) -> bool:
 
 def stored_variant(folder: Path) -> str | None:
     """The word in the names of the weights, where there are no others. Raises InputError where there are several."""
-    names = [path.name for path in (folder / "unet").glob("*.safetensors*")]
+    names = [path.name for path in (folder / "unet").glob("*.safetensors*") if is_file_name(path.name)]
     if not names or any(name.startswith(f"{WEIGHTS}.safetensors") or name.startswith(f"{WEIGHTS}-") for name in names):
         return None
     words = {name.split(".")[1].partition("-")[0] for name in names if name.startswith(f"{WEIGHTS}.")}

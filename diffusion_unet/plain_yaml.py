@@ -1,6 +1,7 @@
 """YAML as people mean it, for every settings file of this project: 1e-4 is a number, `no` is a word."""
 
 import re
+from collections import Counter
 from typing import Any, ClassVar
 
 import yaml
@@ -18,10 +19,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        twice = [key for key, count in Counter(keys).items() if count > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
 
@@ -34,7 +35,7 @@ _Loader.add_implicit_resolver(
 def parse(text: str, source: str) -> Any:
     """What the text holds, plain values only. Raises InputError, which `source` begins, for what is not valid."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - it is a SafeLoader
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{source}{place}: not valid YAML: {error.problem}") from None

@@ -12,9 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .clip import load_model, load_tokenizer, shorten
+from .clip import load_model, load_tokenizer
 from .conditioning import Conditioning, PromptEncoder, TextEncoder
 from .errors import InputError
+from .untrusted import shorten
 
 
 class DualTextEncoder(PromptEncoder):

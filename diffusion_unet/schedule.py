@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .untrusted import Field, checked
 
 __all__ = ["NoiseSchedule", "Scaling", "match_shape"]
 
@@ -38,6 +39,16 @@ _GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("EDMEuler EDMDPMSolverMultistep", _EDM),
     ("FlowMatchEulerDiscrete", _FLOW),
 )
+_WORDS = ("karras", "exponential", "beta", "lu")  # of the spacings that a flag asks for
+_FLAGS = ("rescale_betas_zero_snr", "thresholding", "invert_sigmas", "use_dynamic_shifting", "use_flow_sigmas")
+FIELDS = {
+    **dict.fromkeys((*_FLAGS, *(f"use_{word}_sigmas" for word in _WORDS)), Field(bool)),
+    **dict.fromkeys(("beta_start", "beta_end"), Field(float, 1e-12, 1 - 1e-12)),
+    **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data", "shift", "flow_shift"), Field(float, 1e-9, 1e9)),
+    **dict.fromkeys(("timestep_spacing", "sigma_schedule", "timestep_type", "variance_type"), Field(str)),
+    "num_train_timesteps": Field(int, 2, 1e6), "steps_offset": Field(int, 0, 1e6), "rho": Field(float, 1, 1e3),
+    "trained_betas": Field(float, 0, 1, listed=True),
+}  # fmt: skip
 CLASSES = {f"{name}Scheduler": defaults for names, defaults in _GROUPS for name in names.split()}
 
 
@@ -134,16 +145,16 @@ class NoiseSchedule:
         """
         name = config.get("_class_name") or "DDIMScheduler"
         _check("_class_name", name, CLASSES)
-        given = {key: value for key, value in config.items() if value is not None}
-        values = {"num_train_timesteps": 1000, "prediction_type": "epsilon"} | CLASSES[name] | given
+        given = {k: v for k, v in config.items() if v is not None} | checked(config, FIELDS, "scheduler config")
+        values: dict[str, Any] = {"num_train_timesteps": 1000, "prediction_type": "epsilon"} | CLASSES[name] | given
         for key in ("thresholding", "use_dynamic_shifting", "invert_sigmas"):  # another x0 than the denoiser's
             _check(key, values.get(key, False), (False,))
-        _check("variance_type", str(values.get("variance_type", "fixed")).split("_")[0], ("fixed",))
+        _check("variance_type", values.get("variance_type", "fixed").split("_")[0], ("fixed",))
         kept = copy.deepcopy(dict(config)) | {"_class_name": name}
         if name.startswith("DD") or "clip_sample" in values:
             kept["clip_sample"] = False  # clipping would make the sampler's x0 another one than the denoiser's
-        T = int(_number(values, "num_train_timesteps", 1, 1e6))
-        if values.get("use_flow_sigmas"):
+        T = values["num_train_timesteps"]
+        if values.get("use_flow_sigmas") and {"shift", "flow_shift"} & values.keys():  # classes that know of flows
             return cls(kept, T, **_flow(values, T))
         return cls(kept, T, **(_edm(values) if name.startswith("EDM") else _table(values, T)))
 
@@ -217,15 +228,7 @@ class NoiseSchedule:
 
 def _check(key: str, value: object, known: Collection[Any]) -> None:
     if value not in tuple(known):
-        raise InputError(f"scheduler config: {key} is {value!r}; supported: {', '.join(map(str, known))}")
-
-
-def _number(values: Mapping[str, Any], key: str, low: float, high: float = math.inf) -> float:
-    """A number strictly between `low` and `high`."""
-    value = values[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-        raise InputError(f"scheduler config: {key} is {value!r}; a number between {low:g} and {high:g} is needed")
-    return float(value)
+        raise InputError(f"scheduler config: {key} is {ascii(value)[:80]}; supported: {', '.join(map(str, known))}")
 
 
 def _ddim(T: int, prediction_type: str, zero_snr: bool, betas: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +240,7 @@ def _ddim(T: int, prediction_type: str, zero_snr: bool, betas: dict[str, Any]) -
 
 def _flow(values: Mapping[str, Any], T: int) -> dict[str, Any]:
     _check("prediction_type", values["prediction_type"], ("flow_prediction",))
-    shift = _number(values, "shift" if "shift" in values else "flow_shift", 0)
+    shift = values["shift" if "shift" in values else "flow_shift"]
     # s -> shift s / (1 + (shift - 1) s) is sigma -> shift sigma; s runs from 1/T to 1 - 1/T
     ends = {"sigma_min": shift / (T - 1), "sigma_max": shift * (T - 1)}
     return ends | {"prediction_type": "flow_prediction", "spacing": "flow", "shift": shift}
@@ -245,14 +248,11 @@ def _flow(values: Mapping[str, Any], T: int) -> dict[str, Any]:
 
 def _edm(values: Mapping[str, Any]) -> dict[str, Any]:
     _check("prediction_type", values["prediction_type"], ("epsilon", "v_prediction"))
-    sigma_min, sigma_data = _number(values, "sigma_min", 0), _number(values, "sigma_data", 0)
-    return {
-        "prediction_type": "edm" if values["prediction_type"] == "epsilon" else "edm_v",
-        "sigma_min": sigma_min,
-        "sigma_max": _number(values, "sigma_max", sigma_min),
-        "sigma_data": sigma_data,
-        "spacing": values["sigma_schedule"],
-    }
+    if not values["sigma_min"] < values["sigma_max"]:
+        raise InputError(f"scheduler config: sigma_max is {values['sigma_max']:g}, and must be above sigma_min")
+    sigmas = {key: values[key] for key in ("sigma_min", "sigma_max", "sigma_data")}
+    prediction = {"epsilon": "edm", "v_prediction": "edm_v"}[values["prediction_type"]]
+    return sigmas | {"prediction_type": prediction, "spacing": values["sigma_schedule"]}
 
 
 def _table(values: Mapping[str, Any], T: int) -> dict[str, Any]:
@@ -268,14 +268,14 @@ def _table(values: Mapping[str, Any], T: int) -> dict[str, Any]:
     ends = {"sigma_min": float(table[0].exp()), "sigma_max": float(table[-1].exp())}
     if values.get("timestep_type") == "continuous" and values["prediction_type"] == "v_prediction":
         return _edm(_EDM | ends | {"sigma_data": 1.0} | dict(values))
-    special = [word for word in ("karras", "exponential", "beta", "lu") if values.get(f"use_{word}_sigmas")]
+    special = [word for word in _WORDS if values.get(f"use_{word}_sigmas")]
     spacing = (special or [values["timestep_spacing"]])[0]
     return ends | {"prediction_type": values["prediction_type"], "spacing": spacing, "table": table}
 
 
 def _betas(values: Mapping[str, Any], T: int) -> Tensor:
     if (trained := values.get("trained_betas")) is not None:
-        if not isinstance(trained, list | tuple) or len(trained) != T:
+        if len(trained) != T:
             raise InputError(f"scheduler config: trained_betas must be a list of {T} numbers (num_train_timesteps)")
         return torch.tensor(trained, dtype=torch.float64)
     _check("beta_schedule", values["beta_schedule"], BETA_SCHEDULES)
@@ -283,7 +283,7 @@ def _betas(values: Mapping[str, Any], T: int) -> Tensor:
         abar = ((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * (math.pi / 2)).cos() ** 2
         return (1 - abar[1:] / abar[:-1]).clamp_max(0.999)
     power = 2 if values["beta_schedule"] == "scaled_linear" else 1
-    start, end = (_number(values, key, 0, 1) ** (1 / power) for key in ("beta_start", "beta_end"))
+    start, end = (values[key] ** (1 / power) for key in ("beta_start", "beta_end"))
     return torch.linspace(start, end, T, dtype=torch.float64) ** power
 
 

@@ -11,17 +11,20 @@ the scale of latents, the noise schedule) from the released model that it recogn
 layouts a text encoder gets the one of the code with its activation: CLIP's is quick_gelu, OpenCLIP's gelu.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checkpoint import cast, load_state, read_json, read_weights, write_safetensors
+from .checkpoint import cast, write_safetensors
+from .clip import load_model
+from .codec import load_vae, vae_settings
 from .config import UNetConfig
 from .errors import InputError
-from .unet import WEIGHTS, UNet
+from .unet import UNet
+from .untrusted import read_json
 
 Places = dict[str, str]  # a module or a parameter of the folder: its name in the file
 
@@ -84,7 +87,6 @@ _UNET_RESNET = {
 }
 _VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_VAE_OF_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OPEN_CLIP_ENDS = {
     "embeddings.token_embedding": "token_embedding",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -100,11 +102,6 @@ _OPEN_CLIP_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-
-_TEXT_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings",
-)  # fmt: skip
 
 # The released models: widths, transformer blocks a level, width of the context; their names in ModelSpec where they
 # predict epsilon, and v.
@@ -258,7 +255,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str], bool]:
     path = folder / "model_index.json"
     index = read_json(path)
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise InputError(f"{path}: a {ascii(name)[:60]} has no original layout; these have: {', '.join(PIPELINES)}")
     xl = PIPELINES[name]
     wanted = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
@@ -286,54 +283,33 @@ def _check(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], fold
     for name, values in fixed.items():
         if config.get(name, values[0]) not in values:
             raise InputError(
-                f"{folder}: {name} is {config[name]!r}, and the original layout knows only {values[0]!r};"
+                f"{folder}: {name} is {ascii(config[name])[:80]}, and the original layout knows only {values[0]!r};"
                 " export the folder layout instead"
             )
 
 
 def _read_vae(folder: Path, variant: str | None) -> tuple[dict[str, Tensor], Places]:
     """An autoencoder's tensors, its attention as 1x1 convolutions, and their places."""
-    from diffusers import AutoencoderKL
-
-    config = read_json(folder / "config.json")
-    _check(config, _VAE_FIXED, folder)
-    tensors, source = read_weights(folder, WEIGHTS, variant)
-    tensors = {_modern(key): tensor for key, tensor in tensors.items()}
-    vae: Any = _built(lambda: AutoencoderKL.from_config(config), folder)
+    settings = vae_settings(folder / "config.json")
+    _check(settings, _VAE_FIXED, folder)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if set(vae.config[name]) != {kind}:
-            raise InputError(f"{folder}: {name} is {vae.config[name]}, and the original layout knows only {kind}")
-    load_state(vae, tensors, source)
+        if any(block != kind for block in settings.get(name, ())):
+            raise InputError(f"{folder}: {name} is {settings[name]}, and the original layout knows only {kind}")
+    vae = load_vae(folder, variant)
+    tensors = vae.state_dict()
     matrices = [key for key in tensors if ".attentions." in key and tensors[key].ndim == 2]
     tensors |= {key: tensors[key][:, :, None, None] for key in matrices}
     return tensors, vae_places(len(vae.config.block_out_channels), vae.config.layers_per_block)
 
 
-def _modern(key: str) -> str:
-    """The key of an autoencoder's weight, as versions of diffusers after 2022 spell it."""
-    if ".attentions." not in key:
-        return key
-    module, name, parameter = key.rsplit(".", 2)
-    return f"{module}.{_VAE_OF_2022.get(name, name)}.{parameter}"
-
-
 def _read_text(folder: Path, kind: str, known: list[str], prefix: str, variant: str | None) -> dict[str, Tensor]:
     """A text encoder's tensors under their names in the file."""
-    import transformers
-
-    config = read_json(folder / "config.json")
-    activation = config.get("hidden_act", CLIP)
+    model: Any = load_model(folder, variant, projection=kind == "CLIPTextModelWithProjection")
+    activation = model.config.hidden_act
     if activation not in known:
-        raise InputError(
-            f"{folder}: hidden_act is {ascii(activation)[:60]}, and the original code has {' or '.join(known)} there"
-        )
-    tensors, source = read_weights(folder, "model", variant)
-    tensors = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+        raise InputError(f"{folder}: hidden_act is {activation}, and the original code has {' or '.join(known)} there")
+    tensors = {key.removeprefix("text_model."): tensor for key, tensor in model.state_dict().items()}
     tensors.pop("embeddings.position_ids", None)
-    settings = {key: config[key] for key in _TEXT_SIZES if key in config}
-    model = _built(lambda: getattr(transformers, kind)(transformers.CLIPTextConfig(**settings)), folder)
-    own = {key.removeprefix("text_model."): key for key in model.state_dict()}  # its version's spelling
-    load_state(model, {own.get(key, key): tensor for key, tensor in tensors.items()}, source)
     if activation == CLIP:
         length = model.config.max_position_embeddings
         tensors["embeddings.position_ids"] = torch.arange(length)[None]  # [1, L], as in the released files
@@ -346,13 +322,3 @@ def _read_text(folder: Path, kind: str, known: list[str], prefix: str, variant: 
     if "text_projection.weight" in tensors:  # the original multiplies from the right
         tensors["text_projection.weight"] = tensors["text_projection.weight"].T.contiguous()
     return placed(tensors, open_clip_places(layers), f"{prefix}model.")
-
-
-def _built(make: Callable[[], nn.Module], folder: Path) -> Any:
-    """What `make` makes, without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return make()
-    except Exception as error:  # whatever the class raises, the settings are what is wrong
-        line = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder / 'config.json'}: no network can be made of it ({line})") from error

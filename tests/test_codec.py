@@ -96,13 +96,16 @@ def test_moments_are_kept_and_sampled_later(dtype: torch.dtype) -> None:
     images = pictures(3, 16, 24, 3)
     images[1, 4:12, 8:20] = 127  # grey where it is to be painted
     with torch.no_grad():
-        given = stock.encode((images.movedim(-1, 1).float() / 127.5 - 1).to(dtype)).latent_dist
+        x = (images.movedim(-1, 1).float() / 127.5 - 1).to(dtype)
+        given = [stock.encode(x[row : row + 1]).latent_dist for row in range(3)]
+    mean, std = (torch.cat([getattr(one, name) for one in given]).float() for name in ("mean", "std"))
     moments = codec.moments(images)
     assert moments.dtype == torch.float32 and moments.shape == (3, 8, 8, 12) and not moments.requires_grad
-    assert torch.equal(moments, torch.cat([given.mean, given.logvar], 1).float())
+    assert torch.equal(moments, torch.cat([torch.cat([one.mean, one.logvar], 1) for one in given]).float())
+    assert torch.equal(moments[1:2], codec.moments(images[1:2]))  # whatever stands beside it
     assert moments[:, 4:].min() == -30 and moments[:, 4:].max() == 20  # far beyond in the encoder's last layer
     noise = torch.randn(3, 4, 8, 12)
-    for row, x in ((None, given.mean.float()), (noise, given.mean.float() + given.std.float() * noise)):
+    for row, x in ((None, mean), (noise, mean + std * noise)):
         latents = codec.sample(moments, row)
         assert latents.dtype == torch.float32 and torch.equal(latents, (x - 0.1) * 1.5)
         assert torch.equal(latents, codec.encode(images, row))

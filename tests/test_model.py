@@ -299,6 +299,8 @@ def refused(folder: Path, match: str) -> None:
 def test_folders_that_are_no_models(tmp_path: Path, copy: Path) -> None:
     refused(tmp_path / "none", "none is not there; give a model folder")
     refused(tmp_path, "is no model: it holds no model_index.json; give a model folder")
+    (tmp_path / "run/checkpoint-5").mkdir(parents=True)
+    refused(tmp_path / "run", "run is a training run: make a model of it, `diffusion-unet export ")
     refused(copy / "unet", "is no model")
     refused(copy / "README.md", "is no model")
     (copy / "model_index.json").write_text("[1]")
@@ -316,8 +318,9 @@ def test_folders_that_are_no_models(tmp_path: Path, copy: Path) -> None:
         ({"tokenizer": "CLIPTokenizer"}, "tokenizer is 'CLIPTokenizer'"),
         ({"pixel_mean": "0"}, "pixel_mean is '0'"),
         ({"pixel_std": None}, "pixel_std is None"),
-        ({"pixel_std": float("nan")}, "pixel_std is nan"),
-        ({"pixel_std": 10**400}, "pixel_std is 1000"),
+        ({"pixel_std": float("nan")}, "is no JSON .*'NaN' is not finite"),
+        ({"pixel_std": 10**400}, "is no JSON .*401 digits"),
+        ({"pixel_std": 10**39}, "pixel_std is 1000"),
         ({"pixel_std": 0}, "std above 0"),
     ],
 )

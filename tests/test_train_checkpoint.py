@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_unet.errors import InputError, SaveError
+from diffusion_unet.errors import InputError, SaveError, in_bytes
 from training import checkpoint
 
 Usage = namedtuple("Usage", "total used free")
@@ -100,10 +100,25 @@ def test_a_manifest_names_files_of_its_folder_only(tmp_path: Path) -> None:
         checkpoint.read(path)
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1024 bytes (1.0 KiB)"),
+        (4_123_456_789, "4123456789 bytes (3.8 GiB)"),
+        (2**51, "2251799813685248 bytes (2048.0 TiB)"),
+    ],
+)
+def test_sizes_are_told_exactly_and_in_a_unit(count: int, text: str) -> None:
+    assert in_bytes(count) == text
+
+
 def test_space_is_looked_up_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, 1, {}, tensors(1), keep=2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 1000))
-    with pytest.raises(SaveError, match=r"checkpoint-2: \d+ bytes are needed and 1000 are free") as caught:
+    told = r"checkpoint-2: \d+ bytes \(1\.0 MiB\) are needed and 1000 bytes are free: "
+    with pytest.raises(SaveError, match=told) as caught:
         checkpoint.save(tmp_path, 2, {}, tensors(2), keep=2)
     assert caught.value.exit_code == 4
     assert names(tmp_path) == ["checkpoint-1"]
@@ -123,7 +138,7 @@ def test_no_space_at_any_write_leaves_the_old_and_no_debris(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(SaveError, match=r"No space left on device.* bytes are needed"):
+    with pytest.raises(SaveError, match=r"No space left on device\); \d+ bytes( \(1\.0 MiB\))? are needed$"):
         checkpoint.save(tmp_path, 3, {}, tensors(3), keep=2)
     monkeypatch.undo()
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]

@@ -21,14 +21,23 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_unet.checkpoint import read_json, read_safetensors, write_json, write_safetensors
-from diffusion_unet.errors import InputError, SaveError
+from diffusion_unet.errors import InputError, SaveError, in_bytes
 from diffusion_unet.model import sync_folder
+from diffusion_unet.untrusted import Field, checked, is_file_name
 
 FORMAT = 2
 STATE, MANIFEST = "state.json", "manifest.json"
 HIDDEN = ".unfinished-"  # also what is on its way out
 REPLACED = ".replaced-"  # a checkpoint that the same step, saved again, is about to replace
 MAX_STATE_BYTES = 64 << 20  # some optimizers keep a number for each parameter
+# Of state.json; the settings in `config` and the entries of `optimizer` are checked by those who take them.
+STATE_FIELDS = {
+    "step": Field(int, 0, 1 << 53),
+    "seconds": Field(float),
+    "look_due": Field(bool),
+    "changes": Field(dict, listed=True),
+    **dict.fromkeys(("levels", "optimizer", "config"), Field(dict)),
+}
 SPARE_BYTES = 1 << 20  # JSON, headers, directories
 
 
@@ -59,7 +68,8 @@ def save(
         run.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run).free
         if free < needed:
-            raise SaveError(f"{final}: {needed} bytes are needed and {free} are free: make room, and run this again")
+            sizes = f"{in_bytes(needed)} are needed and {in_bytes(free)} are free"
+            raise SaveError(f"{final}: {sizes}: make room, and run this again")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write(partial, {"format": FORMAT, "step": step, **state}, tensors)
@@ -75,7 +85,7 @@ def save(
         if isinstance(error, SaveError):
             raise
         raise SaveError(
-            f"{final}: could not be saved ({error.strerror or error}); {needed} bytes are needed"
+            f"{final}: could not be saved ({error.strerror or error}); {in_bytes(needed)} are needed"
         ) from error
     if keep is not None:
         for old in whole_looking(run)[max(keep, 2) :]:
@@ -117,8 +127,8 @@ def read(path: Path) -> Checkpoint:
     tensors = {}
     for name, expected in files.items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise InputError(f"{file}: missing")
+        if not is_file_name(name) or not file.is_file():
+            raise InputError(f"{path / ascii(name)[1:-1][:200]}: missing")
         if not isinstance(expected, dict) or file.stat().st_size != expected.get("bytes"):
             raise InputError(f"{file}: {file.stat().st_size} bytes long, not as in the manifest")
         if _digest(file) != expected.get("sha256"):
@@ -126,9 +136,20 @@ def read(path: Path) -> Checkpoint:
         if file.suffix == ".safetensors":
             tensors[file.stem] = read_safetensors(file)
     state = read_json(path / STATE, limit=MAX_STATE_BYTES)
-    if not isinstance(state.get("step"), int):
+    if checked(state, STATE_FIELDS, path / STATE).get("step") is None:
         raise InputError(f"{path / STATE}: no step in it")
     return Checkpoint(path, state, tensors)
+
+
+def check_state(found: Checkpoint) -> None:
+    """Raises InputError, naming the field, unless all that a run goes on from is in `found.state`."""
+    source = found.path / STATE
+    for name in STATE_FIELDS:
+        if found.state.get(name) is None:
+            raise InputError(f"{source}: no {name} in it")
+    levels = checked(found.state["levels"], dict.fromkeys(("sums", "counts"), Field(float, listed=True)), source)
+    if len(levels) < 2 or len(levels["sums"]) != len(levels["counts"]):
+        raise InputError(f"{source}: levels needs sums and counts, as many of one as of the other")
 
 
 def whole_looking(run: Path) -> list[Path]:

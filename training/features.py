@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion_unet.checkpoint import load_state, read_json, read_weights
-from diffusion_unet.clip import load_tokenizer, shorten
+from diffusion_unet.clip import TEXT_FIELDS, load_tokenizer
 from diffusion_unet.conditioning import TextEncoder
 from diffusion_unet.errors import InputError
+from diffusion_unet.untrusted import Field, checked, shorten
 
 from . import fashion
 from .imports import load_object
@@ -25,6 +26,11 @@ Device = torch.device | str
 Network = Callable[[list[Image.Image]], Tensor]
 
 FASHION = "fashion"
+MAX_SIDE = 4096  # in pixels, of what a CLIP model sees
+VISION_FIELDS = {
+    **{name: TEXT_FIELDS[name] for name in TEXT_FIELDS if not name.endswith("_id") and not name.startswith("vocab")},
+    **dict.fromkeys(("num_channels", "image_size", "patch_size"), Field(int, 1, MAX_SIDE)),
+}
 
 
 def feature_network(name: str, device: Device = "cpu", key: str = "--features") -> Network:
@@ -109,6 +115,9 @@ class Preparation:
                 size = size.get("shortest_edge") or (size["height"], size["width"])
             crop = settings["crop_size"] if wanted("center_crop") else None
             crop = (crop["height"], crop["width"]) if isinstance(crop, Mapping) else crop and (crop, crop)
+            for side in (*(size if isinstance(size, tuple) else (size,)), *(crop or ())):
+                if side is not None and (type(side) is not int or not 0 < side <= MAX_SIDE):
+                    raise ValueError(f"a side of {ascii(side)[:40]} pixels")
             made = cls(
                 size,
                 crop,
@@ -159,10 +168,16 @@ class Clip:
         if settings.get("model_type") != "clip":
             kind = settings.get("model_type")
             raise InputError(f"{folder}: holds a model of type {kind!a}: the whole CLIP model is needed, type 'clip'")
+        parts = {}
+        for part, fields in (("text_config", TEXT_FIELDS), ("vision_config", VISION_FIELDS)):
+            # Files of 2022 hold the second, which goes before the first.
+            given = checked(settings, {name: Field(dict) for name in (part, f"{part}_dict")}, folder / "config.json")
+            parts[part] = checked({k: v for each in given.values() for k, v in each.items()}, fields, folder)
+        whole = checked(settings, {"projection_dim": TEXT_FIELDS["projection_dim"]}, folder / "config.json")
         tensors, path = read_weights(folder, "model")
         try:
-            with torch.random.fork_rng(devices=[]):
-                model = CLIPModel(CLIPConfig.from_dict(settings))
+            with torch.device("meta"):
+                model = CLIPModel(CLIPConfig(**whole, **parts))
         except Exception as error:  # whatever its checks raise, the file is what is wrong
             raise InputError(
                 f"{folder}: its config.json describes no CLIP model: {shorten(str(error), 120)}"
@@ -170,8 +185,10 @@ class Clip:
         own = model.state_dict()
         constants = [key for key in tensors if key.endswith(".position_ids") and key not in own]  # in files of 2022
         load_state(model, {key: value for key, value in tensors.items() if key not in constants}, path)
+        for part in (model.text_model.embeddings, model.vision_model.embeddings):  # constants that no file holds
+            part.position_ids = torch.arange(part.position_embedding.num_embeddings)[None]
         preparation = Preparation.read(folder / "preprocessor_config.json")
-        return cls(model.to(device), load_tokenizer(folder), preparation)
+        return cls(model.float().to(device), load_tokenizer(folder), preparation)
 
     @torch.no_grad()
     def images(self, images: list[Image.Image]) -> Tensor:

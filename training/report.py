@@ -3,8 +3,11 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from diffusion_unet.errors import in_units
 
 if TYPE_CHECKING:
     from .footprint import Footprint
@@ -33,6 +36,11 @@ def kind_of(reason: str, name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, words)), "other")
 
 
+def some(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:NAMED]) + (f", and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something that is wrong with a sample, whose file and row are `name`, or with the run, and then that is empty."""
@@ -49,7 +57,7 @@ class Fault:
 @dataclass
 class Report:
     """faults: of samples and of the run; notes: what a run bears, and is good to know; figures: numbers, as JSON has
-    them: images, duplicates, enlarged, captions or classes, buckets, parameters, memory and disk (bytes)."""
+    them: images, stream, duplicates, enlarged, captions or classes, buckets, parameters, memory and disk (bytes)."""
 
     run: str
     faults: list[Fault] = field(default_factory=list)
@@ -122,7 +130,8 @@ class Report:
 
 def _images(figures: dict[str, Any]) -> list[tuple[str, str]]:
     images = figures["images"]
-    text = f"{images['usable']} of {images['found']} can be used"
+    first = "the first " if "stream" in figures else ""
+    text = f"{images['usable']} of {first}{images['found']} can be used"
     if "held_out" in images:
         text += f", {images['held_out']} of them held out"
     enlarged, twice = figures.get("enlarged", {}).get("images"), figures.get("duplicates", {}).get("superfluous")
@@ -158,19 +167,19 @@ def _parameters(figures: dict[str, Any]) -> list[tuple[str, str]]:
 def _memory(figures: dict[str, Any]) -> list[tuple[str, str]]:
     memory = figures["memory"]
     images = memory["images_at_a_time"]
-    parts = [f"weights {_bytes(memory['weights'])}", f"gradients {_bytes(memory['gradients'])}"]
-    parts += [f"averages {_bytes(memory['averages'])}"] if memory["averages"] else []
+    parts = [f"weights {in_units(memory['weights'])}", f"gradients {in_units(memory['gradients'])}"]
+    parts += [f"averages {in_units(memory['averages'])}"] if memory["averages"] else []
     known = memory["optimizer"] is not None
-    parts += [f"optimizer {_bytes(memory['optimizer']) if known else 'not known'}"]
-    parts += [f"activations {_bytes(memory['activations'])}"]
-    first = f"about {_bytes(memory['together'])} on one process, {images} images at a time"
+    parts += [f"optimizer {in_units(memory['optimizer']) if known else 'not known'}"]
+    parts += [f"activations {in_units(memory['activations'])}"]
+    first = f"about {in_units(memory['together'])} on one process, {images} images at a time"
     return [("memory", first + ("" if known else ", and the optimizer")), ("", ", ".join(parts))]
 
 
 def _disk(figures: dict[str, Any]) -> list[tuple[str, str]]:
     disk = figures["disk"]
-    parts = [f"{name} {_bytes(count)}" for name, count in disk["needed"].items() if count]
-    free = ", ".join(f"{_bytes(count)} at {place}" for place, count in disk["free"].items())
+    parts = [f"{name} {in_units(count)}" for name, count in disk["needed"].items() if count]
+    free = ", ".join(f"{in_units(count)} at {place}" for place, count in disk["free"].items())
     return [("disk", f"{', '.join(parts) or 'nothing'} to be written; free: {free}")]
 
 
@@ -183,15 +192,6 @@ _ROWS = {
     "memory": _memory,
     "disk": _disk,
 }
-
-
-def _bytes(count: int) -> str:
-    value, unit = float(count), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
 
 
 def _short(count: int) -> str:

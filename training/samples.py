@@ -1,20 +1,20 @@
 """What the samples of a run have wrong, and what of them is good to know, for the report of `diffusion-unet check`."""
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from diffusion_unet.clip import shorten
 from diffusion_unet.conditioning import PromptEncoder
 from diffusion_unet.errors import InputError
 from diffusion_unet.prompts import ClassLabels
+from diffusion_unet.untrusted import shorten
 
 from . import data, start
 from .config import Config, DataConfig, TextualInversionConfig
-from .report import NAMED, Fault, Report, kind_of
+from .decoding import THREADS
+from .report import Fault, Report, kind_of, some
 
 
 def tell_bad(report: Report, dataset: data.Dataset, config: DataConfig, told: data.Told) -> None:
@@ -155,15 +155,10 @@ def _lengths(text: PromptEncoder, captions: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def some(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    return ", ".join(names[:NAMED]) + (f", and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
 def _name(dataset: data.Dataset, sample: int) -> str:
     return dataset.source.name(dataset.kept[sample])
 
 
 def _parallel(work: Callable[[int], Any], items: Sequence[int]) -> list[Any]:
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, data.THREADS)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(work, items))
