@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
-from .checkpoint import write_bytes
 from .errors import InputError
 
 T = TypeVar("T")
@@ -38,6 +37,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
+WHITE_IS_ZERO = 0  # TIFF 6.0, PhotometricInterpretation
 _A1111_SAMPLERS = {"ddim": "DDIM", "dpm++2m": "DPM++ 2M"}
 
 
@@ -53,8 +53,11 @@ def open_image(
     is missing, not decodable, truncated, animated, or larger than MAX_PIXELS.
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
-    data = source if isinstance(source, bytes) else _read(Path(source), name)
-    return _guarded(name, lambda: _decode(data, background).convert("RGB" if channels == 3 else "L"))
+    mode = "RGB" if channels == 3 else "L"
+    if isinstance(source, bytes):
+        return _guarded(name, lambda: _in_mode(_decode(io.BytesIO(source), background), mode))
+    with _opened(Path(source), name) as file:
+        return _guarded(name, lambda: _in_mode(_decode(file, background), mode))
 
 
 def image_size(source: Path | str | bytes, *, name: str | None = None) -> tuple[int, int]:
@@ -121,6 +124,8 @@ def save_png(path: Path | str, image: Image.Image | np.ndarray, record: Mapping[
         info.add_text(RECORD, json.dumps(record, allow_nan=False))
         if "prompt" in record:
             info.add_text("parameters", parameters(record, picture.size))
+    from .checkpoint import write_bytes  # with torch, which processes that only open pictures do not import
+
     file = io.BytesIO()
     picture.save(file, "PNG", pnginfo=info)
     write_bytes(Path(path), file.getvalue())
@@ -221,15 +226,17 @@ def _opened(path: Path, name: str) -> Iterator[BinaryIO]:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def _read(path: Path, name: str) -> bytes:
-    with _opened(path, name) as file:
-        return file.read()
-
-
-def _decode(data: bytes, background: tuple[int, int, int]) -> Image.Image:
+def _decode(file: BinaryIO, background: tuple[int, int, int]) -> Image.Image:
     """Mode "RGB". Raises whatever the decoders raise."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    picture, orientation = _as_stored(file, background)
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def _as_stored(file: BinaryIO, background: tuple[int, int, int]) -> tuple[Image.Image, int]:
+    """Mode "RGB", before it is turned by its orientation."""
+    with Image.open(file, formats=FORMATS) as image:
         _check_header(image)
+        _clear_grey(image)
         image.load()
         orientation = _orientation(image)
         base, alpha = _split(image)
@@ -238,7 +245,12 @@ def _decode(data: bytes, background: tuple[int, int, int]) -> Image.Image:
             under = Image.new("RGB", base.size, background)
             under.paste(base, mask=alpha)
             base = under
-        return base.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else base
+        return base, orientation
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Not copied where it is in that mode: a large picture and its copy may be more than there is memory for."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _measure(file: BinaryIO) -> tuple[int, int]:
@@ -262,10 +274,20 @@ def _check_header(image: Image.Image) -> None:
         raise ValueError("16-bit colour with one colour declared transparent: save it with an alpha channel")
 
 
+def _clear_grey(image: Image.Image) -> None:
+    """The grey that a PNG of 2 or 4 bits declares transparent, scaled to 8 bits as Pillow scales the pixels."""
+    tiles: Any = getattr(image, "tile", None)
+    top = {"L;2": 3, "L;4": 15}.get(str(tiles[0][3])) if tiles else None
+    if top is not None and isinstance(clear := image.info.get("transparency"), int):
+        image.info["transparency"] = (clear & top) * 255 // top  # PNG 1.2, 4.2.9: the other bits are not used
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         # The base class's method: PNG's own decodes the pixels, to see what stands behind them.
         return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
     except Exception:  # a damaged EXIF block tells no orientation; the pixels are whole
         return 1
 
@@ -294,7 +316,7 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         return _eight_bits(image)
     if image.has_transparency_data:
         grey = image.mode in ("1", "L", "LA", "La")
-        image = image.convert("LA" if grey else "RGBA")
+        image = _in_mode(image, "LA" if grey else "RGBA")
         return image.convert("L" if grey else "RGB"), image.getchannel("A")
     if image.mode == "1":
         return image.convert("L"), None
@@ -304,8 +326,13 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError("32-bit pixels have no agreed white: save it with 8 or 16 bits")
-    values = np.asarray(image).astype(np.int64)
-    base = Image.fromarray(((values * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
+    values, top = np.asarray(image).astype(np.int32), 65535
+    if image.format == "TIFF":  # of which Pillow gives the numbers as they are stored
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        top = 2 ** min(tags[ExifTags.Base.BitsPerSample]) - 1
+        if tags[ExifTags.Base.PhotometricInterpretation] == WHITE_IS_ZERO:
+            values = top - values
+    base = Image.fromarray(((values * 255 + top // 2) // top).clip(0, 255).astype(np.uint8))
     clear = image.info.get("transparency")
     return base, None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
 
@@ -313,15 +340,19 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     transform = _transform(profile, image.mode) if profile else None
     if transform is None:
-        return image.convert("RGB")
+        return _in_mode(image, "RGB")
+    if image.mode == "L":  # by its 256 values, each exactly: what is fast enough for every pixel is 10 off in the dark
+        greys = ImageCms.applyTransform(Image.frombytes("L", (256, 1), bytes(range(256))), transform)
+        return Image.fromarray(np.asarray(greys)[0][np.asarray(image)])
     return ImageCms.applyTransform(image, transform) or image
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)  # few, as one may have megabytes
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From `profile` to sRGB; None where the profile is damaged or for another kind of pixels."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", flags=flags)
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
         return None

@@ -13,7 +13,8 @@ from tiny_run import COLOURS, image_folder
 from diffusion_unet.errors import InputError
 from training.buckets import cover
 from training.config import DataConfig
-from training.data import Dataset, describe_bad, fit, inspect, open_data, too_many_bad
+from training.data import Dataset, describe_bad, inspect, open_data, too_many_bad
+from training.decoding import fit
 from training.sources import open_source
 
 
@@ -126,8 +127,8 @@ def test_long_lists_are_cut_for_the_eye(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", 1)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n' * 30)
     dataset = look(folder)
-    lines = describe_bad(dataset.bad, Path("run/bad.jsonl"))
-    assert len(lines) == 21 and "10 more" in lines[-1] and "run/bad.jsonl" in lines[-1]
+    lines = describe_bad(dataset.bad, Path("run/quarantine.jsonl"))
+    assert len(lines) == 21 and "10 more" in lines[-1] and "run/quarantine.jsonl" in lines[-1]
     assert all(line.count("metadata.jsonl, row") == 1 for line in lines[:20])
     assert too_many_bad(dataset, settings(folder, max_bad_fraction=1.0)) is not None
 
@@ -264,13 +265,13 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from training import sources
 
     opened: list[str] = []
-    original = sources.open_image
+    original = sources.open_array
 
-    def counting(*given: Any, **named: Any) -> Image.Image:
+    def counting(*given: Any, **named: Any) -> Any:
         opened.append(str(named.get("name")))
         return original(*given, **named)
 
-    monkeypatch.setattr(sources, "open_image", counting)
+    monkeypatch.setattr(sources, "open_array", counting)
     return opened
 
 
@@ -285,7 +286,7 @@ def test_what_was_seen_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.
         return inspect(open_source(changed, 3), changed, 3, index=index)
 
     first = again()
-    assert len(opened) == 11 and len(first) == 11  # of the twelfth, not even the header can be read
+    assert len(opened) == 12 and len(first) == 11
     second = again()
     assert not opened and second.fingerprint == first.fingerprint and second.bad == first.bad
     assert (second.mean, second.std, second.sizes) == (first.mean, first.std, first.sizes)
@@ -294,10 +295,10 @@ def test_what_was_seen_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.
     assert len(opened) == 1 and third.fingerprint != first.fingerprint
     assert third.fingerprint == inspect(open_source(config, 3), config, 3).fingerprint
     again(resolution=6)
-    assert len(opened) == 11  # other pixels
+    assert len(opened) == 12  # other pixels
     index.write_text(index.read_text()[:-30])
     again(resolution=6)
-    assert len(opened) == 11  # cut short, so nothing in it counts
+    assert len(opened) == 12  # cut short, so nothing in it counts
 
 
 def test_a_quick_look_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,7 @@ def test_read_idx(tmp_path: Path) -> None:
         gzip.compress(b"\0\0\x08\0"),
         gzip.compress(idx((2**32 - 1,) * 9, b"abc")),
     ],
+    ids=range(11),  # compressed bytes hold the time
 )
 def test_damaged_file_is_one_line(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "damaged.gz"

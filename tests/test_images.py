@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from tiny_images import chunk, encoded, ink_profile, linear_profile, png, png16, profile, srgb
 
 from diffusion_unet.errors import InputError, SaveError
 from diffusion_unet.images import RECORD, grid, image_size, open_image, parameters, save_png, to_array, to_image
@@ -22,53 +23,10 @@ GREY = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
 ALPHA = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
 
 
-def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
 def opened(data: bytes, channels: int = 3, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
     image = open_image(data, channels, background)
     assert image.mode == ("RGB" if channels == 3 else "L")
     return np.array(image)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(header: tuple[int, int, int, int], rows: bytes, *extra: bytes) -> bytes:
-    """A PNG by hand: (width, height, bits, colour type), filtered rows, chunks between header and data."""
-    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBB", *header) + b"\0\0\0")
-    return start + b"".join(extra) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def png16(values: np.ndarray, colour: int, *extra: bytes) -> bytes:
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return png((values.shape[1], values.shape[0], 16, colour), rows, *extra)
-
-
-def linear_profile(columns: str) -> bytes:
-    """An ICC v2 display profile: linear light, sRGB's primaries in the order of `columns` ("rgb" is sRGB's own)."""
-    primaries = {"r": (0.43607, 0.22249, 0.01392), "g": (0.38515, 0.71687, 0.09708), "b": (0.14307, 0.06061, 0.71410)}
-
-    def xyz(value: tuple[float, ...]) -> bytes:
-        return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in value)
-
-    tags = {b"wtpt": xyz((0.9642, 1.0, 0.8249)), b"cprt": b"text\0\0\0\0none\0"}
-    for own, taken in zip("rgb", columns, strict=True):
-        tags[own.encode() + b"XYZ"] = xyz(primaries[taken])
-        tags[own.encode() + b"TRC"] = b"curv\0\0\0\0" + struct.pack(">I", 0)  # no entries: linear
-    table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
-    for name, data in tags.items():
-        table += name + struct.pack(">II", start + len(body), len(data))
-        body += data + b"\0" * (-len(data) % 4)
-    header = struct.pack(">I4sI4s4s4s", start + len(body), b"none", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
-    header += (
-        b"\0" * 12 + b"acsp" + b"\0" * 28 + struct.pack(">iii", *(round(v * 65536) for v in (0.9642, 1.0, 0.8249)))
-    )
-    return header.ljust(128, b"\0") + table + body
 
 
 # ---- what is in the file -------------------------------------------------------------------------------------------
@@ -104,9 +62,48 @@ def test_a_damaged_exif_block_leaves_the_pixels_alone() -> None:
 @pytest.mark.parametrize("columns", ["rgb", "brg"])
 def test_icc_profile_is_converted_to_srgb(columns: str) -> None:
     data = encoded(Image.fromarray(RGB), icc_profile=linear_profile(columns))
-    linear = RGB[..., [columns.index(c) for c in "rgb"]] / 255
-    expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255  # IEC 61966-2-1
+    expected = srgb(RGB[..., [columns.index(c) for c in "rgb"]] / 255)
     assert np.abs(opened(data) - expected).max() <= 1.5
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.8])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_a_grey_icc_profile_is_converted_to_srgb(form: str, gamma: float) -> None:
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+    options = {"icc_profile": profile(b"mntr", b"GRAY", b"XYZ ", {b"kTRC": curve})}
+    expected = srgb((GREY / 255) ** gamma)
+    assert np.abs(opened(encoded(Image.fromarray(GREY), form, **options), 1) - expected).max() <= 1.5
+    assert np.abs(opened(encoded(Image.fromarray(GREY), form, **options)) - expected[..., None]).max() <= 1.5
+    clear = encoded(Image.fromarray(np.dstack([GREY, ALPHA])), form, **options)
+    weight = ALPHA / 255
+    got = opened(clear, 1, background=(40, 40, 40))
+    assert np.abs(got - (expected * weight + 40 * (1 - weight))).max() <= 2
+    assert np.array_equal(opened(encoded(Image.fromarray(RGB), form, **options)), RGB)  # of other pixels
+
+
+def blocks() -> np.ndarray:
+    """Inks [32, 24, 4], 8 x 8 pixels of each alike, as JPEG keeps them."""
+    return RNG.integers(0, 256, (4, 3, 4), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+@pytest.mark.parametrize("profiled", [True, False])
+def test_inks_with_and_without_a_profile(form: str, profiled: bool) -> None:
+    inks, weights = blocks(), (90, 60, 25, 75)
+    options: dict[str, object] = {"icc_profile": ink_profile(weights)} if profiled else {}
+    data = encoded(Image.fromarray(inks, "CMYK"), form, **options, **({"quality": 100} if form == "JPEG" else {}))
+    if profiled:
+        lightness = (255 - inks.astype(float) @ np.array(weights) / 255) / 255 * 100
+        # CIE 15:2004, 8.2.1, turned around
+        light = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness * 27 / 24389)
+        expected = srgb(light)[..., None]
+    else:
+        expected = (255.0 - inks[..., :3]) * (255.0 - inks[..., 3:]) / 255
+    assert np.abs(opened(data) - expected).max() <= 3
+    if form == "JPEG":  # Adobe's programs store the complement of each ink, and say that it is theirs
+        stored = Image.open(io.BytesIO(data))
+        stored.tile = [tile._replace(args=("CMYK", "")) for tile in stored.tile]
+        assert b"Adobe" in data and np.abs(np.array(stored).astype(int) - (255 - inks)).max() <= 2
 
 
 def test_icc_profile_and_transparency_together() -> None:

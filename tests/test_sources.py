@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image
 from tiny_sources import PIXELS, fault, images, opened, png, shown
 
 from training import emoji
-from training.sources import Source
+from training.sources import Source, unlisted
 
 # ---- folders -------------------------------------------------------------------------------------------------------
 
@@ -136,6 +136,29 @@ def test_faulty_rows_of_a_csv(tmp_path: Path) -> None:
     assert "no caption under 'text'" in fault(source.captions, 5)
 
 
+def test_images_that_metadata_does_not_list_are_named(tmp_path: Path) -> None:
+    folder = images(tmp_path / "data", "0.png", "sub/1.png", "2.png", "sub/3.JPG", "4.png", ".hidden/5.png")
+    rows = [{"file_name": name, "text": "x", "from": "4.png"} for name in ("0.png", "./sub/../sub/1.png", "gone.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nno JSON\n")
+    (folder / "notes.txt").write_text("no image")
+    paths = [str(folder / name) for name in ("2.png", "4.png", "sub/3.JPG")]
+    assert unlisted(opened(folder)) == paths
+    assert unlisted(opened(folder, original_image_column="from")) == [paths[0], paths[2]]
+    (folder / "metadata.jsonl").unlink()
+    assert unlisted(opened(folder, instance_prompt="a toy")) == [] == unlisted(opened("fashion-mnist"))
+
+
+def test_a_split_where_there_are_none_is_refused(tmp_path: Path) -> None:
+    folder = images(tmp_path / "data", "cat/0.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(folder / "cat/0.png", "0.png")
+    for place in (folder, tmp_path / "a.tar", "fashion-mnist"):
+        message = fault(lambda place=place: opened(place, split="test"))
+        assert message == f"data.split: {place} has no splits; take it out"
+    assert len(opened(folder, split="train")) == 1
+    assert "is no folder" in fault(lambda: opened(tmp_path / "none", split="test"))
+
+
 def test_settings_that_fit_no_folder(tmp_path: Path) -> None:
     folder = images(tmp_path / "data", "cat/0.png")
     for key in ("image_column", "caption_column", "label_column", "original_image_column"):
@@ -158,14 +181,15 @@ def test_grey_and_the_colour_under_transparency(tmp_path: Path) -> None:
     assert opened(tmp_path, 1).image(0).mode == "L"
 
 
-def test_size_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_reads_headers_only(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "a").mkdir()
     (tmp_path / "a/0.png").write_bytes(png(0, exif=exif))
     assert opened(tmp_path).image(0).size == (7, 10)
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    assert opened(tmp_path).size(0) == (7, 10)
+    whole = (tmp_path / "a/0.png").read_bytes()
+    (tmp_path / "a/0.png").write_bytes(whole[: whole.index(b"IDAT") + 6])
+    assert opened(tmp_path).size(0) == (7, 10) and "cannot be used" in fault(opened(tmp_path).image, 0)
 
 
 def test_stamps_change_with_the_image_the_caption_and_the_settings(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from os import cpu_count
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple
@@ -17,21 +17,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from diffusion_unet.checkpoint import write_bytes
 from diffusion_unet.errors import InputError
-from diffusion_unet.images import to_array
 
 from .buckets import assign, bucket_sizes, cover
 from .config import DataConfig
+from .decoding import THREADS
 from .plan import held_out_split
 from .sources import Source, open_source
 
 LISTED = 20  # bad samples that are printed; the file has all of them
 INDEX_FORMAT = 2
-THREADS = min(cpu_count() or 1, 32)  # of a machine with very many cores, not all: threads wait for one another
 
 # What the network is told of an image besides its noise level.
 Told = Literal["caption", "label", "nothing"]
@@ -64,12 +62,12 @@ class Instances:
     def __len__(self) -> int:
         return self.first + len(self.classes)
 
-    def __getattr__(self, name: str) -> Callable[[int], Any]:
-        def ask(index: int) -> Any:
-            place = index - self.first
-            return getattr(self.instances, name)(index) if place < 0 else getattr(self.classes, name)(place)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def ask(index: int, *more: Any, **named: Any) -> Any:
+            source, place = (self.instances, index) if index < self.first else (self.classes, index - self.first)
+            return getattr(source, name)(place, *more, **named)
 
-        if name not in ("captions", "image", "original", "label", "name", "size", "stamp"):
+        if name not in ("captions", "image", "original", "pixels", "label", "name", "size", "stamp"):
             raise AttributeError(name)
         return ask
 
@@ -125,7 +123,7 @@ class Dataset:
         """[H, W, C], covering its bucket."""
         found = self.cached.get(sample)
         if found is None:
-            found = self._fit(self.source.image(self.kept[sample]), sample)
+            found = self._pixels(sample)
             self.keep(sample, found)
         return found
 
@@ -142,10 +140,7 @@ class Dataset:
 
     def originals(self, samples: Sequence[int], crop: Tensor, flip: Tensor) -> Tensor:
         """As `images`, of the pictures that are to be changed into them."""
-
-        def original(sample: int) -> NDArray[np.uint8]:
-            return self._fit(self.source.original(self.kept[sample]), sample)
-
+        original = partial(self._pixels, original=True)
         return self._cut(self._decoded(original, samples), samples, crop, flip)
 
     def _decoded(
@@ -179,8 +174,9 @@ class Dataset:
         train, kept = held_out_split(seed, self.instances, held_out)
         return [*train, *range(self.instances, len(self))], kept
 
-    def _fit(self, image: Image.Image, sample: int) -> NDArray[np.uint8]:
-        return fit(image, self.channels, self.cover(sample))
+    def _pixels(self, sample: int, original: bool = False) -> NDArray[np.uint8]:
+        size = self.cover(sample)
+        return self.source.pixels(self.kept[sample], self.channels, lambda _: size, original=original)
 
     def _cut(self, whole: Sequence[NDArray[np.uint8]], samples: Sequence[int], crop: Tensor, flip: Tensor) -> Tensor:
         height, width = self.buckets[self.bucket[samples[0]]]
@@ -195,11 +191,6 @@ class Dataset:
 def _corner(full: tuple[int, ...], size: tuple[int, int], place: Sequence[float]) -> tuple[int, int]:
     top, left = (int(u * (whole - part + 1)) for u, whole, part in zip(place, full, size, strict=True))
     return top, left
-
-
-def fit(image: Image.Image, channels: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The image scaled to (H, W), what sticks out cropped away: [H, W, C]."""
-    return to_array(image.convert("RGB" if channels == 3 else "L"), size)
 
 
 def sizes_of(config: DataConfig) -> list[tuple[int, int]]:
@@ -234,8 +225,8 @@ def inspect(
         count, instances = len(source), source.first
     looked: list[Look] = []
     look_at = partial(_look, source, config, channels, told, buckets, known)
-    with ThreadPoolExecutor(THREADS) as pool:
-        looks: Iterator[tuple[Look, list[str], NDArray[np.uint8] | None]] = pool.map(look_at, range(count))
+    # Where the look is broken off, what has not begun does not begin.
+    with ThreadPoolExecutor(THREADS) as pool, closing(pool.map(look_at, range(count))) as looks:  # type: ignore[type-var]
         for number, (look, captions, image) in enumerate(watch(looks, count) if watch else looks):
             looked.append(look)
             if look.reason is not None:
@@ -267,27 +258,36 @@ def _look(
     index: int,
 ) -> tuple[Look, list[str], NDArray[np.uint8] | None]:
     """What the sample is, its captions, and its pixels where they had to be decoded."""
-    stamp, size, image = "", (0, 0), None
+    stamp, size = "", (0, 0)
+
+    def wanted(found: tuple[int, int]) -> tuple[int, int]:
+        nonlocal size
+        size = found
+        if min(size) < config.min_size:
+            raise InputError(f"{size[0]}x{size[1]} pixels, and data.min_size is {config.min_size}")
+        return cover(size, buckets[assign([size], buckets)[0]])
+
     try:
         stamp = f"{source.name(index)} {source.stamp(index)}"
         if (found := known.get(stamp)) is not None:
             return found, [] if found.reason else texts(source, told, index), None
-        captions, size = texts(source, told, index), source.size(index)
-        if min(size) < config.min_size:
-            raise InputError(f"{size[0]}x{size[1]} pixels, and data.min_size is {config.min_size}")
+        captions = texts(source, told, index)
         if config.look == "quick":
+            wanted(source.size(index))
             digest = hashlib.sha256(json.dumps([captions, stamp]).encode()).hexdigest()
             return Look(stamp, size, (0, 0, 0), digest), captions, None
-        image = fit(source.image(index), channels, cover(size, buckets[assign([size], buckets)[0]]))
-        original = None
+        image = source.pixels(index, channels, wanted)
+        fitting, original = (image.shape[0], image.shape[1]), None
         if config.original_image_column is not None:
-            original = fit(source.original(index), channels, image.shape[:2])
+            original = source.pixels(index, channels, lambda _: fitting, original=True)
     except InputError as error:
         return Look(stamp, size, (0, 0, 0), "", str(error)), [], None
-    content = hashlib.sha256(json.dumps([captions, image.shape]).encode() + image.tobytes())
-    content.update(b"" if original is None else original.tobytes())
-    wide = image.astype(np.int64)
-    values = (image.size, int(wide.sum()), int(np.square(wide).sum()))
+    flat = image.reshape(-1)
+    content = hashlib.sha256(json.dumps([captions, image.shape]).encode())
+    content.update(flat.data)
+    content.update(b"" if original is None else original.reshape(-1).data)
+    squares = np.einsum("i,i", flat, flat, dtype=np.int64)
+    values = (flat.size, int(flat.sum(dtype=np.int64)), int(squares))
     return Look(stamp, size, values, content.hexdigest()), captions, image
 
 

@@ -9,10 +9,14 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion_unet.errors import InputError
 from diffusion_unet.images import WHITE, image_size, open_image
+
+from .decoding import Cover, fit
 
 # What Unicode calls these says little about the picture.
 _WORDS = {
@@ -52,6 +56,11 @@ class Emoji:
     def original(self, index: int) -> Image.Image:
         """There is none: raises InputError."""
         raise InputError("data.original_image_column: twemoji has no pictures to be changed into others")
+
+    def pixels(self, index: int, channels: int, cover: Cover, *, original: bool = False) -> NDArray[np.uint8]:
+        """[H, W, C]: picture `index`, covering the (H, W) that `cover` says for its (W, H)."""
+        image = self.original(index) if original else self.image(index)
+        return fit(image, channels, cover(image.size))
 
     def label(self, index: int) -> str:
         """There is none: raises InputError."""

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from diffusion_unet.checkpoint import load_state, read_safetensors
 from diffusion_unet.errors import InputError
 
+from .decoding import Cover, fit
+
 # In the order of the data set's labels.
 CLASSES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -86,6 +88,11 @@ class Fashion:
     def original(self, index: int) -> Image.Image:
         """There is none: raises InputError."""
         raise InputError("data.original_image_column: fashion-mnist has no pictures to be changed into others")
+
+    def pixels(self, index: int, channels: int, cover: Cover, *, original: bool = False) -> NDArray[np.uint8]:
+        """[H, W, C]: picture `index`, covering the (H, W) that `cover` says for its (W, H)."""
+        image = self.original(index) if original else self.image(index)
+        return fit(image, channels, cover(image.size))
 
     def label(self, index: int) -> str:
         """The noun of the class of image `index`."""

