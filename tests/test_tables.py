@@ -2,12 +2,16 @@
 
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import datasets
+import huggingface_hub.constants
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -96,6 +100,8 @@ def test_data_sets_on_the_disk(tmp_path: Path, make: Any) -> None:
         assert len(opened(path, split="test")) == 1
         message = fault(lambda: opened(path, split="none"))
         assert "split" in message and "none" in message and "test" in message
+    else:
+        assert fault(lambda: opened(path, split="test")) == f"data.split: {path} has no splits; take it out"
 
 
 def test_parquet_of_other_programs(tmp_path: Path) -> None:
@@ -171,6 +177,66 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_hub_that_does_not_answer_is_one_line() -> None:
     message = fault(lambda: opened(None, dataset_name="someone/things"))
     assert message.startswith("data.dataset_name: someone/things cannot be read as a data set (")
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is a port at which nobody listens, and nothing says so beforehand."""
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("streaming", [None, "index"])
+def test_without_a_network_one_line_comes_at_once(
+    streaming: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits for {seconds} s, to ask again"))
+    for name in ("datasets", "huggingface_hub"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)  # as far as caplog
+    message = fault(lambda: opened(None, dataset_name="someone/things", streaming=streaming, cache_dir=str(tmp_path)))
+    assert message == (
+        "data.dataset_name: someone/things cannot be read as a data set (http://127.0.0.1:9 does not answer, and it is"
+        " not in the caches of `datasets`)"
+    )
+    assert not caplog.records and datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_the_caches_serve(tmp_path: Path) -> None:
+    parquet(tmp_path / "things")
+    datasets.load_dataset(str(tmp_path / "things"))  # fills the caches
+    (tmp_path / "hf" / "things").rename(tmp_path / "hf" / "someone___things")
+    source = opened(None, dataset_name="someone/things")
+    assert len(source) == 4 and all(shown(source, index) for index in range(4))
+
+
+def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, format: str, *arguments: Any) -> None: ...
+
+    def load(*arguments: Any, **options: Any) -> None:
+        assert datasets.config.HF_HUB_OFFLINE is False
+        raise ConnectionError("a fault of its own")
+
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        server.timeout = 20
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        message = fault(lambda: opened(None, dataset_name="someone/things"))
+        thread.join(30)
+    assert asked and "(a fault of its own)" in message
 
 
 def test_a_folder_in_the_place_of_a_hub_id(tmp_path: Path) -> None:

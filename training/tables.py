@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,29 +23,33 @@ SAVED, SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"  # in a folder th
 IMAGE = "image"
 SHARD_BYTES = 1 << 28  # of pictures in one file of a stream's index
 INDEX = "index.json"  # in a stream's folder of shards: what they hold, for a person
+WINDOW = 1024  # rows of a stream that is not indexed which are looked at before the first step
+STREAMED = "of a stream, not known"  # in the place of the fingerprint of images and captions
+PATIENCE = 10  # seconds in which the hub has to answer, as its own library has it
 
 
 @dataclass(frozen=True)
 class Table:
     """The used columns of a datasets.Dataset."""
 
-    title: str  # for names of rows
+    title: str
     pictures: Mapping[str, Any]  # column -> datasets.Dataset of that column, undecoded
     texts: Any  # datasets.Dataset of the other columns; None without any
     roots: tuple[Path, ...]  # where files may lie whose paths the rows give; a relative path begins at the first
     fingerprint: str
+    names: Sequence[str] = ()  # of rows out of their order; those of others are their numbers
 
     def __len__(self) -> int:
         return len(next(iter(self.pictures.values())))
 
     def name(self, index: int) -> str:
-        return f"{self.title}, row {index + 1}"
+        return f"{self.title}, {self.names[index] if self.names else f'row {index + 1}'}"
 
     def row(self, index: int) -> Mapping[str, Any]:
         """The values; a ClassLabel by its name."""
         if self.texts is None:
             return {}
-        values = dict(self.texts[index])
+        values = self._cells(self.texts, index)
         for column, value in values.items():
             names = getattr(self.texts.features[column], "names", None)
             if names and isinstance(value, int):
@@ -53,7 +57,7 @@ class Table:
         return values
 
     def picture(self, index: int, column: str) -> Path | bytes:
-        cell = self.pictures[column][index][column]
+        cell = self._cells(self.pictures[column], index)[column]
         content = cell and (cell["bytes"] or _inside(cell["path"], self.roots))
         if not content:
             raise InputError(
@@ -66,6 +70,12 @@ class Table:
     def stamp(self, index: int) -> str:
         return f"{self.fingerprint} {index}"
 
+    def _cells(self, rows: Any, index: int) -> dict[str, Any]:
+        try:
+            return dict(rows[index])
+        except (OSError, ValueError) as error:  # text that is no UTF-8, and what Arrow says of damaged files
+            raise InputError(f"{self.name(index)}: the row cannot be read ({_line(error)})") from None
+
 
 def is_table(path: Path) -> bool:
     """Whether a path is a data set that `open_table` opens."""
@@ -75,29 +85,41 @@ def is_table(path: Path) -> bool:
     return path.suffix == ".parquet" and path.is_file()
 
 
+def has_splits(path: Path) -> bool:
+    """Whether `data.split` chooses among the rows of the data set at a path."""
+    return path.is_dir() and is_table(path) and not (path / SAVED).is_file()
+
+
 def open_table(config: DataConfig, progress: Callable[[int, int | None], None] | None = None) -> Table:
-    """The data set that data.train_data_dir or data.dataset_name names. Raises InputError, SaveError."""
+    """The data set that data.train_data_dir or data.dataset_name names; of a pure stream the first rows. Raises
+    InputError, SaveError."""
     import datasets
 
+    if config.streaming == "index":
+        rows = datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(str(file)) for file in index_stream(config, progress)]
+        )
+    else:
+        rows = first_rows(config) if config.streaming == "pure" else _load(config)
+    if len(rows) == 0:
+        raise InputError(f"{_setting(config)}: {config.train_data_dir or config.dataset_name} has no rows")
+    return table_of(config, rows)
+
+
+def table_of(config: DataConfig, rows: Any, names: Sequence[str] = ()) -> Table:
+    """The used columns of a datasets.Dataset. names: of its rows, where these are out of their order. Raises
+    InputError."""
     if config.train_data_dir is not None:
         title, path = config.train_data_dir, Path(config.train_data_dir)
         roots: tuple[Path, ...] = (path,) if path.is_dir() else ()
     else:
         title, roots = str(config.dataset_name), hub_roots(config)
-    if config.train_data_dir is None and config.streaming == "index":
-        rows = datasets.concatenate_datasets(
-            [datasets.Dataset.from_file(str(file)) for file in index_stream(config, progress)]
-        )
-    else:
-        rows = _load(config)
-    if len(rows) == 0:
-        raise InputError(f"{_setting(config)}: {title} has no rows")
     state = [(file["filename"], os.stat(file["filename"])) for file in rows.cache_files]
     parts = [rows._fingerprint, *((Path(name).name, found.st_size, found.st_mtime_ns) for name, found in state)]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     pictures, texts = used_columns(config, rows.features)
     undecoded = {column: rows.select_columns([column]).cast_column(column, _undecoded()) for column in pictures}
-    return Table(title, undecoded, rows.select_columns(texts) if texts else None, roots, fingerprint)
+    return Table(title, undecoded, rows.select_columns(texts) if texts else None, roots, fingerprint, names)
 
 
 def used_columns(config: DataConfig, features: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -142,24 +164,55 @@ def _setting(config: DataConfig) -> str:
 def _load(config: DataConfig) -> Any:
     import datasets
 
-    title = config.train_data_dir or config.dataset_name
-    path = Path(config.train_data_dir) if config.train_data_dir is not None else None
+    if config.train_data_dir is None:
+        return _from_hub(config)
+    title, path = config.train_data_dir, Path(config.train_data_dir)
     try:
-        if path is None:
-            rows = datasets.load_dataset(config.dataset_name, config.dataset_config_name, split=config.split)
-        elif path.is_file():
+        if path.is_file():
             rows = datasets.load_dataset("parquet", data_files={"train": glob.escape(str(path))}, split="train")
         elif any((path / name).is_file() for name in (SAVED, SAVED_SPLITS)):
             rows = datasets.load_from_disk(str(path))
         else:
             rows = datasets.load_dataset(str(path), split=config.split)
-    except Exception as error:  # hub, network and a dozen of readers raise nearly everything
-        raise InputError(f"{_setting(config)}: {title} cannot be read as a data set ({_line(error)})") from error
+    except Exception as error:  # a dozen of readers raise nearly everything
+        raise InputError(f"data.train_data_dir: {title} cannot be read as a data set ({_line(error)})") from error
     if isinstance(rows, datasets.DatasetDict):
         if config.split not in rows:
             raise InputError(f"data.split: {title} has no split {config.split!r}; it has {', '.join(rows)}")
         rows = rows[config.split]
     return rows
+
+
+def _from_hub(config: DataConfig, **more: Any) -> Any:
+    """`data.dataset_name` by datasets.load_dataset.
+
+    It asks a hub that does not answer for most of a minute, warning all the while, before it looks into its caches;
+    told that there is none, it looks there at once. Raises InputError."""
+    import datasets
+
+    title, as_set = config.dataset_name, datasets.config.HF_HUB_OFFLINE
+    silent = not as_set and not Path(str(title)).is_dir() and not _hub_answers()
+    datasets.config.HF_HUB_OFFLINE = as_set or silent
+    try:
+        return datasets.load_dataset(title, config.dataset_config_name, split=config.split, **more)
+    except Exception as error:  # as in _load
+        reason = _line(error)
+        if silent:
+            reason = f"{datasets.config.HF_ENDPOINT} does not answer, and it is not in the caches of `datasets`"
+        raise InputError(f"data.dataset_name: {title} cannot be read as a data set ({reason})") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = as_set
+
+
+def _hub_answers() -> bool:
+    import datasets
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(datasets.config.HF_ENDPOINT, timeout=PATIENCE)
+    except Exception:  # of one of three libraries of HTTP, by the version
+        return False
+    return True
 
 
 def _line(error: BaseException) -> str:
@@ -189,16 +242,10 @@ def _inside(path: str | None, roots: tuple[Path, ...]) -> Path | None:
 
 
 def open_stream(config: DataConfig) -> Any:
-    """The hub's data set as a datasets.IterableDataset of the used columns, undecoded.
+    """The hub's data set as a datasets.IterableDataset of the used columns, undecoded. Raises InputError."""
 
-    A stream has neither a length nor a way back to a row, so nothing but `index_stream` should train from one. Raises
-    InputError."""
-    import datasets
-
+    stream = _from_hub(config, streaming=True)
     try:
-        stream = datasets.load_dataset(
-            config.dataset_name, config.dataset_config_name, split=config.split, streaming=True
-        )
         if stream.features is None:  # the hub does not know them, the first rows do
             stream = stream._resolve_features()
     except Exception as error:  # as in _load
@@ -260,12 +307,12 @@ def _write_shards(
     total = min(filter(None, (split and split.num_examples, config.max_train_samples)), default=None)
     writer, shards, room, count = None, 0, 0, 0
     try:
-        for count, row in enumerate(_rows(config, stream, pictures), 1):
+        for count, row in enumerate(stream_rows(config, stream, "start again"), 1):
             if writer is None:
                 writer = ArrowWriter(path=str(folder / f"{shards:05}.arrow"), features=stream.features)
                 shards, room = shards + 1, SHARD_BYTES
             writer.write(row)
-            room -= sum(len(row[column]["bytes"]) for column in pictures if row[column])
+            room -= _size(row, pictures)
             if room <= 0:
                 writer.finalize()
                 writer = None
@@ -282,24 +329,49 @@ def _write_shards(
     return count
 
 
-def _rows(config: DataConfig, stream: Any, pictures: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a stream, their pictures as bytes; None for one that has none that may be read."""
+def first_rows(config: DataConfig) -> Any:
+    """The first rows of a stream, as a datasets.Dataset in memory: WINDOW, or as many as have SHARD_BYTES of pictures.
+
+    Raises InputError."""
+    import datasets
+
+    stream = open_stream(config)
+    pictures, _ = used_columns(config, stream.features)
+    rows: list[dict[str, Any]] = []
+    room = SHARD_BYTES
+    for row in stream_rows(config, stream, "start again"):
+        rows.append(row)
+        room -= _size(row, pictures)
+        if len(rows) == WINDOW or room <= 0:
+            break
+    return datasets.Dataset.from_list(rows, features=stream.features)
+
+
+def stream_rows(config: DataConfig, stream: Any, remedy: str) -> Iterator[dict[str, Any]]:
+    """The rows of a stream, their pictures as bytes; None for one that has none that may be read.
+
+    remedy: what to do where it breaks off, which is an InputError."""
+    pictures, _ = used_columns(config, stream.features)
     roots, count, rows = hub_roots(config), 0, iter(stream)
     while True:
         try:
             row = dict(next(rows))
             for column in pictures:
                 content = _fetch(row[column], str(config.dataset_name), roots)
-                row[column] = {"bytes": content, "path": None} if content else None
+                row[column] = {"bytes": content, "path": row[column]["path"]} if content else None
         except StopIteration:
             return
         except Exception as error:  # as in _load
             raise InputError(
                 f"data.dataset_name: the stream of {config.dataset_name} broke off after {count} rows"
-                f" ({_line(error)}); start again"
+                f" ({_line(error)}); {remedy}"
             ) from error
         count += 1
         yield row
+
+
+def _size(row: Mapping[str, Any], pictures: Sequence[str]) -> int:
+    return sum(len(row[column]["bytes"]) for column in pictures if row[column])
 
 
 def _fetch(cell: Any, repository: str, roots: tuple[Path, ...]) -> bytes | None:
