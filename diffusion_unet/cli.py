@@ -8,6 +8,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diffusion_unet import __version__, options, sibling
 from diffusion_unet.arguments import Parser, command, nobody_reads, plain, quote, split_overrides, suggest, tell
 from diffusion_unet.errors import Failure, InputError, SaveError
-from diffusion_unet.options import CONFIGS
+from diffusion_unet.options import CONFIGS, find_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,7 +84,8 @@ def _train(arguments: argparse.Namespace) -> None:
     sibling("training")
     from training.config import load_config
 
-    run = _train_with_previews(load_config(_find_config(arguments.config), arguments.overrides))
+    config = load_config(find_config(arguments.config), arguments.overrides)
+    run = _train_with_previews(config, arguments.allow_change)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         print(f"Run: {run}. Next: {command()} export {quote(run)} {quote(run / 'model')}")
 
@@ -91,10 +93,11 @@ def _train(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     sibling("training")
     from training.config import load_config
+
+    config = load_config(find_config(arguments.config), arguments.overrides)
     from training.preflight import check
 
-    config = load_config(_find_config(arguments.config), arguments.overrides)
-    report = check(config, progress=sys.stderr.isatty())
+    report = check(config, progress=sys.stderr.isatty(), allow_change=arguments.allow_change)
     text = report.as_json() if arguments.json else "\n".join(map(plain, report.as_text().split("\n")))
     print(text, flush=True)
     if report.would_fail:
@@ -211,7 +214,7 @@ def _draw(model: "DiffusionModel", prompts: Sequence[str], seeds: Sequence[int],
         return sample(model, prompts or None, seeds=seeds, progress=progress, **settings)
 
 
-def _train_with_previews(config: "Config") -> Path:
+def _train_with_previews(config: "Config", allow_change: Sequence[str] = ()) -> Path:
     sibling("training")
     from training import train
     from training.checks import images_at_once
@@ -222,7 +225,11 @@ def _train_with_previews(config: "Config") -> Path:
         # No more pictures at once than are trained on at once, which is what there is memory for.
         "batch_size": min(16, images_at_once(config, int(os.environ.get("WORLD_SIZE", "1")))),
     }
-    return train(config, preview=lambda model, prompts, seeds: _draw(model, prompts, seeds, **settings))
+    return train(
+        config,
+        preview=lambda model, prompts, seeds: _draw(model, prompts, seeds, **settings),
+        allow_change=allow_change,
+    )
 
 
 def _export_run(run: Path, out: Path, **settings: Any) -> Path:
@@ -238,15 +245,6 @@ def _settings() -> str:
     from training.config import help_text
 
     return help_text()
-
-
-def _find_config(name: str) -> Path:
-    """The file of this name; where there is none, the config of this name that comes along."""
-    shipped = CONFIGS / f"{name}.yaml"
-    if not Path(name).suffix and Path(name).name == name and not Path(name).exists() and not shipped.is_file():
-        known = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
-        raise InputError(f"{name}: there is no such config file{suggest(name, known)}")
-    return shipped if not Path(name).is_file() and Path(name).name == name and shipped.is_file() else Path(name)
 
 
 def _score(model: "DiffusionModel", images_per_class: int, **settings: Any) -> dict[str, Any]:
@@ -316,7 +314,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     rest, overrides = split_overrides(argv[1:]) if verb.overrides else (argv[1:], [])
     arguments, unknown = parser.parse_known_intermixed_args(rest)
     if unknown:
-        parser.error(f"unknown argument {unknown[0]}{suggest(unknown[0].partition('=')[0], parser.known)}")
+        known = [*parser.known, *(re.findall(r"--[a-z0-9_.]+(?==)", _settings()) if verb.overrides else [])]
+        parser.error(f"unknown argument {unknown[0]}{suggest(unknown[0].partition('=')[0], known)}")
     arguments.run, arguments.overrides = verb.run, overrides
     return arguments
 

@@ -2,10 +2,20 @@
 
 from pathlib import Path
 
-from diffusion_unet.arguments import Parser, finite, seeds, size, steps, whole
+from diffusion_unet.arguments import Parser, finite, seeds, size, steps, suggest, whole
+from diffusion_unet.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SOLVERS = ("dpm++2m", "ddim")
+
+
+def find_config(name: str) -> Path:
+    """The file of this name; where there is none, the config of this name that comes along."""
+    shipped = CONFIGS / f"{name}.yaml"
+    if not Path(name).suffix and Path(name).name == name and not Path(name).exists() and not shipped.is_file():
+        known = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
+        raise InputError(f"{name}: there is no such config file{suggest(name, known)}")
+    return shipped if not Path(name).is_file() and Path(name).name == name and shipped.is_file() else Path(name)
 
 
 def drawing(parser: Parser) -> None:
@@ -25,17 +35,29 @@ def quickstart(parser: Parser) -> None:
 
 
 def check(parser: Parser) -> None:
-    parser.usage = "diffusion-unet check CONFIG [--json] [--section.key=value ...]"
+    parser.usage = "diffusion-unet check CONFIG [--json] [--allow-change SETTING ...] [--section.key=value ...]"
     parser.add_argument("config", metavar="CONFIG", help="as for `train`, whose settings it takes")
     parser.add_argument("--json", action="store_true", help="for programs")
+    _resuming(parser)
+
+
+def _resuming(parser: Parser) -> None:
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="a setting, such as optimizer.learning_rate, that may differ from the checkpoint's; again for each more",
+    )
 
 
 def train(parser: Parser, settings: str) -> None:
-    parser.usage = "diffusion-unet train CONFIG [--section.key=value ...]"
+    parser.usage = "diffusion-unet train CONFIG [--allow-change SETTING ...] [--section.key=value ...]"
     shipped = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
     parser.add_argument(
         "config", metavar="CONFIG", help=f"YAML file with the sections below, or the name of one here: {shipped}"
     )
+    _resuming(parser)
     parser.epilog = f"{parser.epilog}\n\nsettings, their defaults, and what they mean:\n\n{settings}"
 
 

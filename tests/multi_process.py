@@ -39,6 +39,7 @@ STEPS = 50
 DRAWN = 4  # steps of which everything drawn is compared
 MICRO_BATCHES = (1, 2, 4)
 SHARD_SIZE = 3  # entries, so that tiny caches have many shards
+TUNED = ("lora", "words", "sdxl")
 STOPS = (20, 35)  # steps after which the run on changing numbers of processes is stopped
 # One level only: the time goes into the number of modules and tensors.
 SMALLER = [
@@ -63,6 +64,7 @@ def prepare(folder: Path) -> None:
     small = ["--train.train_batch_size=8", f"--train.max_train_steps={STEPS}", "--train.ema=[0.9, power-0.1]"]
     tiny_config(folder / "weights", pictures)
     _settle(folder / "weights", [*small, *SMALLER])
+    _tune(folder, pictures)
     latent = {**UNET, "in_channels": 4, "out_channels": 4}
     tagged = _tagged(folder / "tagged")
     tiny_config(folder / "draws", tagged)
@@ -92,6 +94,36 @@ def prepare(folder: Path) -> None:
             "--validation.validation_steps=3",
         ],
     )
+
+
+def tuning_config(folder: Path, data: Path, pretrained: Path, *overrides: str) -> Config:
+    """The settings, also in `folder`/config.yaml, of a run in `folder`/run on a model folder of 16 pixels."""
+    config = {
+        "model": {"pretrained": str(pretrained)},
+        "data": {"train_data_dir": str(data), "resolution": 16, "random_flip": True, "caption_dropout": 0.2},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"output_dir": str(folder / "run"), "max_train_steps": 6, "train_batch_size": 4, "ema": ["0.9"]},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return load_config(folder / "config.yaml", overrides)
+
+
+def _tune(folder: Path, pictures: Path) -> None:
+    """Models of Stable Diffusion's kind and of SDXL's, and how they are tuned."""
+    import tiny_models
+
+    sd, sdxl = tiny_models.save_sd1(folder / "sd"), tiny_models.save_sdxl(folder / "sdxl")
+    # Of kept latents, for the autoencoder is float32: its last bits follow the number of images it is given.
+    every = ["--data.cache_latents=true", "--train.train_batch_size=8"]
+    lora = ["--model.adapter.rank=4", "--model.adapter.kind=dora", "--optimizer.learning_rate=1e-2"]
+    for name, model, more in (
+        ("lora", sd, lora),
+        ("words", sd, ["--model.train_text_encoder=true", "--objective.learned_weighting=true"]),
+        ("sdxl", sdxl, [*lora, "--model.train_text_encoder=true"]),
+    ):
+        tuning_config(folder / name, pictures, model)
+        _settle(folder / name, [*every, *more])
 
 
 def _settle(folder: Path, overrides: list[str]) -> None:
@@ -162,6 +194,15 @@ def double(folder: Path) -> None:
 def single(folder: Path) -> None:
     """The same in float32."""
     train(settings(folder, "weights", f"single-{PartialState().num_processes}"), progress=False)
+
+
+def tuned(folder: Path) -> None:
+    """Runs in float64 on pretrained models; two micro-batches where there are several processes."""
+    world = PartialState().num_processes
+    for name in TUNED:
+        with in_double():
+            parts = f"--train.gradient_accumulation_steps={min(world, 2)}"
+            train(settings(folder, name, f"{name}-{world}", parts), progress=False)
 
 
 def caches(folder: Path) -> int:
@@ -295,7 +336,7 @@ def preview(model: DiffusionModel, prompts: list[str], seeds: list[int]) -> list
     return [picture for prompt in prompts for picture in sample(model, [prompt] * len(seeds), seeds=seeds, steps=2)]
 
 
-TASKS = {task.__name__: task for task in (draws, double, single, caches, stopped, sharded)}
+TASKS = {task.__name__: task for task in (draws, double, single, tuned, caches, stopped, sharded)}
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(HANGS, exit=True)

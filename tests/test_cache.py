@@ -277,7 +277,7 @@ def test_disks_that_are_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     one = {"moments": torch.zeros(1000)}
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage(39_999))
-    with pytest.raises(SaveError, match=r"40000 bytes are needed and 39999 are free.*data\.cache_dir") as caught:
+    with pytest.raises(SaveError, match=r"40000 bytes \(39\.1 KiB\) are needed and 39999 .*data\.cache_dir") as caught:
         build(tmp_path, PRINT, 10, Computing(lambda number: one), shard_size=3)
     assert str(tmp_path / PRINT[:16]) in str(caught.value) and not list(tmp_path.rglob("*.safetensors"))
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage(40_000))

@@ -118,11 +118,11 @@ def test_a_config_that_comes_along_is_found_by_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli._find_config("emoji-32") == cli.CONFIGS / "emoji-32.yaml"
-    assert cli._find_config("../configs/quickstart") == Path("../configs/quickstart")
+    assert options.find_config("emoji-32") == cli.CONFIGS / "emoji-32.yaml"
+    assert options.find_config("../configs/quickstart") == Path("../configs/quickstart")
     assert "got 0" in refused(capsys, "train", "quickstart", "--train.max_train_steps=0")
     (tmp_path / "quickstart").write_text("one's own")
-    assert cli._find_config("quickstart") == Path("quickstart")
+    assert options.find_config("quickstart") == Path("quickstart")
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -161,6 +161,9 @@ def test_a_config_that_comes_along_is_found_by_its_name(
         ("train configs/quickstart.yaml --train.max_train_steps=many", "train.max_train_steps"),
         ("train configs/quickstart.yaml --train.max_train_steps", "a value is missing"),
         ("train configs/quickstart.yaml --verbose", "unknown argument --verbose"),
+        ("train configs/quickstart.yaml --seed=3", "unknown argument --seed=3: did you mean --train.seed?"),
+        ("train x --learning_rate 1", "unknown argument --learning_rate: did you mean --optimizer.learning_rate?"),
+        ("check x --train_data_dir=x", "did you mean --data.train_data_dir?"),
         ("train configs/quickstart", "configs/quickstart: the config file cannot be read (No such file"),
         ("train quickstrat", "quickstrat: there is no such config file: did you mean quickstart"),
         ("train quickstart --train.output_dir=", "train.output_dir: is empty"),
@@ -480,3 +483,13 @@ def test_a_score_draws_each_picture_with_its_own_wording_and_seed_in_few_calls(
         assert set(call) == expected and all(
             prompt in captions(label) for (prompt, _), label in zip(call, labels, strict=True)
         )
+
+
+def test_clothing_that_the_model_cannot_be_asked_for() -> None:
+    from training import evaluate
+
+    def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        raise InputError("the prompt is too long")
+
+    with pytest.raises(InputError, match=r"^the prompt is too long \(.* give --prompts for other models\)$"):
+        evaluate.score_fashion(draw, 1)

@@ -21,7 +21,7 @@ from diffusion_unet.errors import InputError, NonFiniteError, SaveError, Stopped
 from diffusion_unet.model import DiffusionModel
 from training import loop, train
 from training.config import load_config
-from training.engine import StopSignal, locked, make_accelerator
+from training.engine import locked, make_accelerator
 from training.exporting import export
 from training.loop import Trainer
 from training.optimizer import rate_course
@@ -144,6 +144,50 @@ def test_a_longer_run_goes_on(tmp_path: Path, images: Path) -> None:
     assert_same(final(longer), final(whole))
 
 
+def test_a_change_that_is_allowed_is_recorded(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_config(tmp_path, images, max_train_steps=2), progress=False)
+    other = tiny_config(tmp_path, images, "--optimizer.learning_rate=0.5", max_train_steps=4)
+    with pytest.raises(InputError, match=r"data\.resolution: 8 -> 16"):
+        both = tiny_config(tmp_path, images, "--optimizer.learning_rate=0.5", "--data.resolution=16", max_train_steps=4)
+        train(both, progress=False, allow_change=["optimizer.learning_rate"])
+    train(other, progress=False, allow_change=["optimizer.learning_rate"])
+    change = {"step": 2, "setting": "optimizer.learning_rate", "from": 1e-3, "to": 0.5}
+    assert final(other).state["changes"] == [change]
+    assert "optimizer.learning_rate: 0.001 -> 0.5, as allowed" in capsys.readouterr().err
+    rates = [record["lr"] for record in metrics(other) if "lr" in record]
+    assert all(rate <= 1e-3 for rate in rates[:2]) and all(rate > 1e-2 for rate in rates[2:])
+    Image.new("RGB", (14, 10), (1, 2, 3)).save(images / "3.png")
+    longer = tiny_config(tmp_path, images, "--optimizer.learning_rate=0.5", max_train_steps=5)
+    train(longer, progress=False, allow_change=["data.train_data_dir"])
+    assert [one["setting"] for one in final(longer).state["changes"]] == [
+        "optimizer.learning_rate",
+        "data.train_data_dir",
+    ]
+    train(longer, progress=False)  # finished, and with the change taken over
+
+
+@pytest.mark.parametrize(
+    "key, reason",
+    [("model.unet", "another run"), ("optimizer.lerning_rate", "did you mean"), ("train.report_to", "no")],
+)
+def test_what_cannot_be_allowed(tmp_path: Path, images: Path, key: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        train(tiny_config(tmp_path, images), progress=False, allow_change=[key])
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_is_another_run(tmp_path: Path, images: Path) -> None:
+    config = tiny_config(tmp_path, images, max_train_steps=2)
+    train(config, progress=False)
+    file = tmp_path / "run/base/tokenizer/tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a</w>"], vocabulary["b</w>"] = vocabulary["b</w>"], vocabulary["a</w>"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"run/base is not the model that the run began with"):
+        train(tiny_config(tmp_path, images, max_train_steps=4), progress=False)
+
+
 def test_a_resume_with_something_changed_is_refused_by_name(tmp_path: Path, images: Path) -> None:
     train(tiny_config(tmp_path, images, max_train_steps=2), progress=False)
     for override, named in (
@@ -192,7 +236,7 @@ def test_bad_samples(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture
     assert "row 6, '5.png'" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     train(tiny_config(tmp_path, images, "--data.max_bad_fraction=0.1", max_train_steps=1), progress=False)
-    listed = [json.loads(line) for line in (tmp_path / "run/bad.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
     assert len(listed) == 1 and "row 6, '5.png'" in listed[0]["name"] and listed[0]["reason"]
 
 
@@ -406,12 +450,3 @@ def test_the_bar_shows_loss_speed_and_time_left(
     train(tiny_config(tmp_path, images, max_train_steps=30), progress=True)
     shown = capsys.readouterr().err
     assert re.search(r"\d+/120 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ images/s, loss \d\.\d{4}\]", shown), shown
-
-
-def test_a_second_signal_does_what_it_always_did() -> None:
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.stopped
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.sigtimedwait([], 0.2)

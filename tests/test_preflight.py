@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -123,6 +124,20 @@ def test_all_faults_are_told_at_once_with_file_and_row(tmp_path: Path) -> None:
     assert report.would_fail == f"training would fail: {caught.value}"
 
 
+def test_images_that_metadata_does_not_list(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(5):
+        (images / f"extra{number}.png").write_bytes(encoded("PNG"))
+    first = ", ".join(str(images / f"extra{number}.png") for number in range(3))
+    line = f"5 images are not listed in the metadata, and are not used: {first}, and 2 more"
+    config = tiny_config(tmp_path, images, max_train_steps=1)
+    report = look(config)
+    assert line in report.notes and report.would_fail is None
+    train(config, progress=False)
+    assert capsys.readouterr().err.splitlines().count(line) == 1
+    of_class = ("--data.class_data_dir=fashion-mnist", "--data.class_prompt=clothes", "--data.num_class_images=1")
+    assert any(line in note for note in look(tiny_config(tmp_path / "prior", images, *of_class)).notes)
+
+
 def test_bad_samples_that_the_settings_bear_do_not_stop_a_run(tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path,
@@ -141,8 +156,8 @@ def test_train_decodes_nothing_to_look_at_it_again(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, opened = tiny_config(tmp_path, images), []
-    real = sources.open_image
-    monkeypatch.setattr(sources, "open_image", lambda *given, **named: opened.append(given) or real(*given, **named))
+    real = sources.open_array
+    monkeypatch.setattr(sources, "open_array", lambda *given, **named: opened.append(given) or real(*given, **named))
     assert look(config).would_fail is None
     assert len(opened) >= 12
     opened.clear()
@@ -350,7 +365,8 @@ def test_a_cache_takes_the_disk_that_was_foretold(
     with monkeypatch.context() as full:
         full.setattr(preflight.shutil, "disk_usage", lambda path: type("Usage", (), {"free": foretold}))
         report = look(config)
-        assert report.would_fail and f"{tmp_path / 'run'}" in report.would_fail and "are free" in report.would_fail
+        assert report.would_fail and f"{tmp_path / 'run'}" in report.would_fail
+        assert re.search(rf" \d+ bytes \(\S+ [KM]iB\) are needed and {foretold} bytes .* are free", report.would_fail)
     train(config, progress=False)
     shards = [read_safetensors(path) for path in (tmp_path / "run/cache/latents").rglob("*.safetensors")]
     assert foretold == sum(tensor.nbytes for shard in shards for tensor in shard.values()) > 0

@@ -61,10 +61,11 @@ def done(tmp_path_factory: pytest.TempPathFactory, on_cpu: None) -> tuple[Path, 
         "draws": tasks.draws(folder),
         "double": tasks.double(folder),
         "single": tasks.single(folder),
+        "tuned": tasks.tuned(folder),
         "caches": tasks.caches(folder),
         "stopped": tasks.stopped(folder),
     }
-    two = launch(folder, 2, "draws", "double", "single", "caches", "stopped", "sharded")
+    two = launch(folder, 2, "draws", "double", "single", "tuned", "caches", "stopped", "sharded")
     four = launch(folder, 4, "draws", "double")
     return folder, {1: [alone], 2: two, 4: four}
 
@@ -121,6 +122,18 @@ def test_losses_of_50_steps_in_float32(done: Any) -> None:
     expected = losses(folder / "single-1")
     assert len(expected) == tasks.STEPS
     assert losses(folder / "single-2") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", tasks.TUNED)
+def test_adapters_and_text_encoders_are_trained_as_on_one_process(done: Any, name: str) -> None:
+    folder, _ = done
+    weights = newest(folder / f"{name}-2").tensors["model"]
+    assert {value.dtype for value in weights.values()} == {torch.float64}
+    assert any(key.startswith("text.") for key in weights) == (name != "lora")
+    assert all(".lora_" in key for key in weights) == (name != "words")
+    assert all(value.any() for key, value in weights.items() if ".lora_B." in key)
+    assert distance(folder / f"{name}-1", folder / f"{name}-2") < 1e-9
+    assert losses(folder / f"{name}-2") == pytest.approx(losses(folder / f"{name}-1"), rel=1e-9)
 
 
 def test_the_run_is_stopped_together_and_goes_on_on_other_numbers_of_processes(done: Any) -> None:
@@ -224,7 +237,7 @@ def test_what_would_be_another_run_is_refused(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    config = tasks.tiny_config(tmp_path, tmp_path)
+    config = tasks.tiny_config(tmp_path, tmp_path / "images")
     with pytest.raises(InputError, match=words) as caught:
         make_accelerator(config)
     assert "\n" not in str(caught.value)

@@ -193,14 +193,17 @@ def test_pixels_from_nothing_said(made: Any, tmp_path: Path) -> None:
     draws_pixels(folders[0], "")
 
 
-def test_pixels_of_classes_by_a_schedule_free_optimizer(made: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("middle", ["UNetMidBlock2D", "UNetMidBlock2DCrossAttn"])  # which attends to the picture itself
+def test_pixels_of_classes_by_a_schedule_free_optimizer(middle: str, made: Any, tmp_path: Path) -> None:
     data, recipe = made(tiny_models.sorted_images), "pixels-class-conditional"
-    settings = narrow(recipe, num_class_embeds=3)
+    settings = narrow(recipe, num_class_embeds=3, mid_block_type=middle)
     prompts = {"validation__validation_prompts": ["boot", "bag"]}
     trained = run(recipe, tmp_path, settings, data__train_data_dir=data, **prompts)
     out = trained.export()
     assert moved(trained.folder / BASE, out, "unet") == moved(out, trained.export(ema="none"), "unet") == "all"
     assert DiffusionModel.load(out).class_names == ("bag", "boot")
+    names = load_file(out / "unet/diffusion_pytorch_model.safetensors").keys()
+    assert any("attn1" in name for name in names) == (middle == "UNetMidBlock2DCrossAttn")
     draws_pixels(out, "boot")
 
 

@@ -116,10 +116,25 @@ def test_overrides_are_applied_in_order_after_the_file(tmp_path: Path) -> None:
         (["--data.dataset_name=x"], ["data.dataset_name", "train_data_dir"]),
         (["--model.task=instruct-pix2pix"], ["data.original_image_column is missing"]),
         (["--model.adapter.rank=4"], ["model.adapter", "only with model.pretrained"]),
+        (["--model.vae=x", "--model.unet.num_class_embeds=4"], ["model.vae: no pipeline draws latents from classes"]),
+        (["--model.unet.num_class_embeds=4"], ["model.text_encoder: ", "is told classes", "set it to null"]),
+        (["--model.vae=x", "--model.text_encoder=null"], ["model.vae: ", "give one, or train on pixels"]),
         (["--objective.huber_c=1"], ["objective.huber_c", "huber"]),
         (["--objective.noise_distribution=normal"], ["objective.noise_distribution", "logit_normal"]),
         (["--optimizer.optimizer=torch.optim:SGD", "--optimizer.adam_beta1=0.5"], ["optimizer.adam_beta1"]),
-        (["--optimizer.max_grad_norm=0"], ["optimizer.max_grad_norm"]),
+        (["--optimizer.max_grad_norm=0"], ["--optimizer.max_grad_norm: expected a number or null more than 0, got 0"]),
+        (["--optimizer.muon_lr=-1"], ["--optimizer.muon_lr: expected a number or null more than 0, got -1"]),
+        (["--objective.huber_c=0"], ["--objective.huber_c: expected a number or null more than 0, got 0"]),
+        (["--model.adapter.alpha=0"], ["--model.adapter.alpha: expected a number or null more than 0, got 0"]),
+        (["--model.schedule.shift=0"], ["--model.schedule.shift: expected a number or null more than 0, got 0"]),
+        (
+            ["--model.schedule.beta_end=0"],
+            ["--model.schedule.beta_end: expected a number or null more than 0 and at most 1, got 0"],
+        ),
+        (
+            ["--train.seed=-1"],
+            ["--train.seed: expected an integer at least 0 and at most 9223372036854775807, got -1"],
+        ),
         (["--train.ema=[often]"], ["train.ema", "often"]),
         (["--train.ema=[0.9, 0.9]"], ["train.ema", "twice"]),
         (["--train.gradient_accumulation_steps=65"], ["gradient_accumulation_steps", "65"]),
@@ -130,6 +145,24 @@ def test_bad_settings_are_named_in_one_line(tmp_path: Path, overrides: list[str]
     message = refusal(tmp_path, BASE, *overrides)
     for part in named:
         assert part in message, message
+
+
+def test_messages_begin_with_what_gave_the_value(tmp_path: Path) -> None:
+    file = str(tmp_path / "config.yaml")
+    in_file = BASE + "optimizer: {learning_rate: fast}\n"
+    told = 'expected a number at least 0, got "fast"'
+    assert refusal(tmp_path, in_file, "--train.seed=1") == f"{file}: optimizer.learning_rate: {told}"
+    assert refusal(tmp_path, BASE, "--optimizer.learning_rate=fast") == f"--optimizer.learning_rate: {told}"
+    twice = ("--optimizer.learning_rate=1", "--optimizer.learning_rate=fast")
+    assert refusal(tmp_path, BASE, *twice) == f"--optimizer.learning_rate: {told}"
+    assert load(tmp_path, in_file, "--optimizer.learning_rate=1").optimizer.learning_rate == 1
+    whole = "--model.schedule={kind: slow}"
+    assert refusal(tmp_path, BASE, whole).startswith("--model.schedule: model.schedule.kind: expected one of linear")
+    assert refusal(tmp_path, BASE, "--train.seed.x=5").startswith("--train.seed.x: train.seed: expected an integer")
+    unknown = "--train.sede is not a setting; the nearest is train.seed"
+    assert refusal(tmp_path, BASE, "--train.sede=1") == unknown
+    word = "--model.textual_inversion.num_vectors=2"
+    assert refusal(tmp_path, BASE, word).startswith(f"{file}: model.textual_inversion.placeholder_token is missing")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +179,20 @@ def test_bad_settings_are_named_in_one_line(tmp_path: Path, overrides: list[str]
 )
 def test_bad_files(tmp_path: Path, text: str, part: str) -> None:
     assert part in refusal(tmp_path, text)
+
+
+def test_what_a_run_writes_is_not_what_it_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for inside in ("images", "images/run", "./none/../images/run"):
+        message = refusal(tmp_path, BASE, f"--train.output_dir={inside}")
+        assert message.startswith(f"train.output_dir: {inside} lies in data.train_data_dir")
+    prior = ("--data.class_prompt=a cat", "--data.class_data_dir=images/cats")
+    assert "data.class_data_dir: images/cats lies in data.train_data_dir" in refusal(tmp_path, BASE, *prior)
+    (tmp_path / "images/metadata.csv").write_text("file_name,text\n")  # which lists what is trained on
+    assert load(tmp_path, BASE, "--train.output_dir=images/run").train.output_dir == "images/run"
+    for outside in ("run", "images-run", "images/../run"):
+        assert load(tmp_path, BASE, f"--train.output_dir={outside}").train.output_dir == outside
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
@@ -173,8 +220,8 @@ def test_changed_names_what_a_run_cannot_be_resumed_with(tmp_path: Path) -> None
     assert changed(old, free) == []
     other = to_dict(load(tmp_path, BASE, "--optimizer.learning_rate=0.5", "--model.unet.layers_per_block=3"))
     assert changed(old, other) == [
-        'model.unet: {} -> {"layers_per_block": 3}',
-        "optimizer.learning_rate: 0.0001 -> 0.5",
+        ("model.unet", {}, {"layers_per_block": 3}),
+        ("optimizer.learning_rate", 0.0001, 0.5),
     ]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,7 @@ class Batches:
         )
         self.latents: Store | None = None  # of moments; entries as `entry` numbers them
         self.texts: tuple[Store, dict[str, int]] | None = None  # encoded captions, and where each is
+        self._coming: Future[Batch] | None = None
 
     def assemble(self, step: int) -> Batch:
         """This process's images of optimizer step `step`, counted from 0."""
@@ -262,12 +263,16 @@ class Batches:
     def ahead(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps `first` to `last` - 1, each assembled in a thread while the one before is computed."""
         with ThreadPoolExecutor(1, "batches") as pool:
-            coming = pool.submit(self.assemble, first) if first < last else None
+            self._coming = pool.submit(self.assemble, first) if first < last else None
             for step in range(first, last):
-                assert coming is not None
-                batch = coming.result()
-                coming = pool.submit(self.assemble, step + 1) if step + 1 < last else None
+                assert self._coming is not None
+                batch = self._coming.result()
+                self._coming = pool.submit(self.assemble, step + 1) if step + 1 < last else None
                 yield batch
+
+    def fault(self) -> BaseException | None:
+        """Why the batch after the one that `ahead` gave last cannot be had; waits until that is known."""
+        return None if self._coming is None else self._coming.exception()
 
 
 def encode(batch: Batch, model: DiffusionModel, device: torch.device) -> Tensor:

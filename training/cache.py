@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from diffusion_unet.checkpoint import read_json, write_json, write_safetensors
 from diffusion_unet.conditioning import PromptEncoder
-from diffusion_unet.errors import InputError, SaveError
+from diffusion_unet.errors import InputError, SaveError, in_bytes
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -235,9 +235,8 @@ def _check_room(store: Store, entry_bytes: float) -> None:
     needed = round(entry_bytes * sum(len(store.entries(number)) for number in missing))
     free = shutil.disk_usage(store.path).free
     if free < needed:
-        raise SaveError(
-            f"{store.path}: {needed} bytes are needed and {free} are free: make room, or take another data.cache_dir"
-        )
+        sizes = f"{in_bytes(needed)} are needed and {in_bytes(free)} are free"
+        raise SaveError(f"{store.path}: {sizes}: make room, or take another data.cache_dir")
 
 
 def _sweep(path: Path) -> None:

@@ -161,13 +161,15 @@ def _facts(config: Config, found: checkpoint.Checkpoint, weights: str, model: Di
     embedded = EMBEDDED.get(folder or "")
     name = data.dataset_name or Path(folder or "").resolve().name
     colour = "colour" if model.codec.channels == 3 else "grey"
+    streamed = data.streaming == "pure"  # of which the first rows are known
+    amount = "streamed" if streamed else f"{state['samples']:,} images"
     size = f"about {data.resolution}^2" if data.aspect_buckets else f"{data.resolution} x {data.resolution}"
     average = weights.removeprefix("ema_")
     facts = {
         "Images seen": f"{state['images_seen']:,} in {state['step']:,} steps of {config.train.train_batch_size}",
-        "Data": embedded.name if embedded else f"{name}, {state['samples']:,} images",
+        "Data": embedded.name if embedded else f"{name}, {amount}",
         "Licence of the data": data.license or (embedded.license if embedded else "not stated"),
-        "Fingerprint of the data": f"sha256 {state['data']}",
+        "Fingerprint of the data": "not known: streamed" if streamed else f"sha256 {state['data']}",
         "Resolution": f"{size} pixels, {colour}",
         "Parameters": f"{sum(parameter.numel() for parameter in model.unet.parameters()):,} in the U-Net",
         "Prediction": model.schedule.prediction_type,

@@ -1,6 +1,7 @@
 """Settings that contradict each other, each refused in one line that names the key and the remedy; no torch here."""
 
 import math
+from pathlib import Path
 
 from diffusion_unet.errors import InputError
 
@@ -16,7 +17,9 @@ from .config import (
     ScheduleConfig,
     TrainConfig,
 )
+from .folders import has_metadata
 
+ALL_KNOWN = ("class_data_dir", "label_column", "aspect_buckets", "held_out", "look", "cache_latents", "cache_text")
 NEW_MODEL = ("vae", "pretrained_text_encoder", "text_encoder", "tokenizer", "pixel_mean", "pixel_std")
 
 
@@ -28,6 +31,7 @@ def check(config: Config) -> None:
         f"validation.validation_prompts: {config.model.task} draws from pictures, not prompts alone; take them out",
     )
     _check_data(config.data, config.model)
+    _check_folders(config)
     _check_objective(config.objective)
     _check_optimizer(config)
     _check_train(config.train)
@@ -63,6 +67,18 @@ def _check_model(model: ModelConfig) -> None:
         for name in NEW_MODEL:
             untouched = getattr(ModelConfig(), name)
             _refuse(getattr(model, name) != untouched, f"model.{name}: comes with model.pretrained; take it out")
+    told_text = model.text_encoder or model.pretrained_text_encoder
+    classes = (model.unet or {}).get("num_class_embeds") is not None
+    _refuse(
+        model.vae is not None and (classes or not told_text),
+        "model.vae: no pipeline draws latents from classes or from nothing, so a model on latents needs a text encoder:"
+        " give one, or train on pixels",
+    )
+    _refuse(
+        classes and bool(told_text),
+        "model.text_encoder: a U-Net with num_class_embeds is told classes, not captions: set it to null, and take"
+        " blocks without CrossAttn",
+    )
     if model.textual_inversion is not None:
         _refuse(model.adapter is not None, "model.adapter: a new word is trained alone; take one of the two out")
         _refuse(
@@ -106,6 +122,7 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
     if data.dataset_name is None:
         for name in ("dataset_config_name", "streaming"):
             _refuse(getattr(data, name) is not None, f"data.{name}: only with data.dataset_name")
+    _check_stream(data)
     edits = model.task == "instruct-pix2pix"
     _refuse(
         edits and data.original_image_column is None,
@@ -142,6 +159,33 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
     _refuse(
         data.cache_text and trained, "data.cache_text: the text encoder is trained, so its answers change; take it out"
     )
+
+
+def _check_folders(config: Config) -> None:
+    """Pictures that a run writes are not to be images that it, or the next one, is trained on."""
+    images = Path(config.data.train_data_dir or "")
+    if config.data.train_data_dir is None or not images.is_dir() or has_metadata(images):  # which lists the images
+        return
+    written = {"train.output_dir": config.train.output_dir, "data.class_data_dir": config.data.class_data_dir}
+    for key, folder in written.items():
+        _refuse(
+            folder is not None and Path(folder).resolve().is_relative_to(images.resolve()),
+            f"{key}: {folder} lies in data.train_data_dir, where all images are trained on; take another",
+        )
+
+
+def _check_stream(data: DataConfig) -> None:
+    """Of a stream that is not indexed nothing is known before it comes."""
+    pure = data.streaming == "pure"
+    _refuse(
+        data.shuffle_buffer != DataConfig().shuffle_buffer and not pure,
+        "data.shuffle_buffer: only with data.streaming pure",
+    )
+    for name in ALL_KNOWN:
+        _refuse(
+            pure and getattr(data, name) != getattr(DataConfig(), name),
+            f"data.{name}: needs to know all images before the first step; take it out, or set data.streaming to index",
+        )
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:

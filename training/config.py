@@ -44,23 +44,23 @@ class ScheduleConfig:
     )
     num_train_timesteps: int | None = setting(None, "timesteps T, not for edm; null is 1000", low=2)
     beta_start: float | None = setting(
-        None, "first beta of linear (null: 1e-4) and scaled_linear (null: 0.00085)", low=0.0, high=1.0
+        None, "first beta of linear (null: 1e-4) and scaled_linear (null: 0.00085)", above=0, high=1.0
     )
     beta_end: float | None = setting(
-        None, "last beta of linear (null: 0.02) and scaled_linear (null: 0.012)", low=0.0, high=1.0
+        None, "last beta of linear (null: 0.02) and scaled_linear (null: 0.012)", above=0, high=1.0
     )
     zero_snr: bool = setting(False, "rescale the betas so that the last timestep is pure noise (not for epsilon)")
-    shift: float | None = setting(None, "timestep shift of flow; null is 1.0", low=0.0)
-    sigma_data: float | None = setting(None, "standard deviation of the data for edm; null is 0.5", low=0.0)
-    sigma_min: float | None = setting(None, "lowest noise level of edm; null is 0.002", low=0.0)
-    sigma_max: float | None = setting(None, "highest noise level of edm; null is 80", low=0.0)
+    shift: float | None = setting(None, "timestep shift of flow; null is 1.0", above=0)
+    sigma_data: float | None = setting(None, "standard deviation of the data for edm; null is 0.5", above=0)
+    sigma_min: float | None = setting(None, "lowest noise level of edm; null is 0.002", above=0)
+    sigma_max: float | None = setting(None, "highest noise level of edm; null is 80", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     kind: Literal["lora", "dora"] = setting("lora", "low-rank difference (lora), or that of directions (dora)")
     rank: int = setting(16, "rank of the difference", low=1)
-    alpha: float | None = setting(None, "the difference is multiplied by alpha / rank; null is rank", low=1e-6)
+    alpha: float | None = setting(None, "the difference is multiplied by alpha / rank; null is rank", above=0)
     target_modules: tuple[str, ...] = setting(
         ("to_q", "to_k", "to_v", "to_out.0"), "ends of the names of the layers that are adapted, as peft takes them"
     )
@@ -141,8 +141,13 @@ class DataConfig:
     dataset_name: str | None = setting(None, "data set of the Hugging Face hub; null with train_data_dir", fixed=False)
     dataset_config_name: str | None = setting(None, "configuration of dataset_name; null is its default", fixed=False)
     split: str = setting("train", "split of dataset_name, or of a saved data set that has several", fixed=False)
-    streaming: Literal["index"] | None = setting(
-        None, "index: dataset_name is streamed into local shards first; null downloads its files", fixed=False
+    streaming: Literal["index", "pure"] | None = setting(
+        None,
+        "index: dataset_name is streamed into local shards first; pure: trained on as it comes; null: downloaded first",
+        fixed=False,
+    )
+    shuffle_buffer: int = setting(
+        1000, "rows of a pure stream that each process holds and takes from at random", low=1, fixed=False
     )
     image_column: str | None = setting(
         None,
@@ -246,7 +251,7 @@ class ObjectiveConfig:
         False, "divide each loss by what is usual at its noise level, learned on the way (EDM2)"
     )
     loss: Literal["mse", "huber"] = setting("mse", "squared error, or one that grows linearly far from zero")
-    huber_c: float | None = setting(None, "where huber turns linear; null is 0.1", low=1e-6)
+    huber_c: float | None = setting(None, "where huber turns linear; null is 0.1", above=0)
     noise_offset: float = setting(
         0.0, "share of noise that is the same in all of an image, so that dark and bright pictures are learned", low=0.0
     )
@@ -265,7 +270,7 @@ class OptimizerConfig:
     muon_lr: float | None = setting(
         None,
         "peak rate of Muon for the weights between the U-Net's first and last layer; null trains all with AdamW",
-        low=1e-9,
+        above=0,
     )
     group_lr: dict[str, Any] | None = field(
         default=None,
@@ -279,7 +284,7 @@ class OptimizerConfig:
     adam_beta2: float = setting(0.999, "decay of the second moment", low=0.0, high=0.999999)
     adam_weight_decay: float = setting(1e-2, "decoupled weight decay", low=0.0)
     adam_epsilon: float = setting(1e-8, "added to the root of the second moment", low=0.0)
-    max_grad_norm: float | None = setting(1.0, "largest norm of the gradient; null does not clip", low=1e-9)
+    max_grad_norm: float | None = setting(1.0, "largest norm of the gradient; null does not clip", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,9 +292,7 @@ class TrainConfig:
     output_dir: str = setting(REQUIRED, "the run folder: checkpoints, metrics.jsonl, previews", fixed=False)
     seed: int = setting(0, "key of every random number of the run", low=0, high=2**63 - 1)
     max_train_steps: int = setting(1000, "optimizer steps", low=1, fixed=False)
-    train_batch_size: int = setting(
-        64, "images of one optimizer step, over all processes and micro-batches together", low=1
-    )
+    train_batch_size: int = setting(64, "images of one optimizer step, over all processes and micro-batches", low=1)
     gradient_accumulation_steps: int = setting(
         1, "micro-batches into which each process cuts its images of a step", low=1, fixed=False
     )
@@ -310,6 +313,7 @@ class TrainConfig:
     )
     checkpointing_steps: int = setting(500, "steps from one checkpoint to the next", low=1, fixed=False)
     checkpoints_total_limit: int | None = setting(2, "checkpoints kept, at least 2; null keeps all", low=2, fixed=False)
+    heartbeat_timeout: int = setting(10, "seconds of silence after which a process counts as dead", low=3, fixed=False)
     report_to: tuple[str, ...] = setting(
         (), "trackers of accelerate that are told all metrics: tensorboard, wandb, ...", fixed=False
     )
@@ -352,14 +356,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: expected sections such as `train:`, got {show(tree)}")
     for override in overrides:
         apply(Config, tree, override)
-    return config_from_dict(tree, str(path))
+    return config_from_dict(tree, str(path), overrides)
 
 
-def config_from_dict(tree: Mapping[str, Any], source: str) -> Config:
+def config_from_dict(tree: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
     """A Config from nested mappings, as `to_dict` gives them; `source` names them in messages. Raises InputError."""
     from .checks import check
 
-    config: Config = build(Config, dict(tree), source)
+    config: Config = build(Config, dict(tree), source, overrides)
     check(config)
     return config
 
@@ -383,15 +387,10 @@ def help_text() -> str:
     )
 
 
-def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings, as 'key: old -> new', that a run may not be resumed with; both as `to_dict` gives them."""
-    changes = []
-    for item in settings():
-        if item.type and item.fixed:
-            before, after = _get(old, item.key), _get(new, item.key)
-            if before != after:
-                changes.append(f"{item.key}: {show(before)} -> {show(after)}")
-    return changes
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of each setting that a run may not be resumed with; both as `to_dict` gives them."""
+    pairs = [(item.key, _get(old, item.key), _get(new, item.key)) for item in settings() if item.type and item.fixed]
+    return [(key, before, after) for key, before, after in pairs if before != after]
 
 
 def _get(tree: Any, key: str) -> Any:

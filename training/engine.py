@@ -4,11 +4,13 @@ import fcntl
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -21,11 +23,13 @@ from diffusion_unet.errors import Failure, InputError, NonFiniteError, SaveError
 
 from .config import Config
 from .metrics import tracker_settings
+from .rendezvous import init_method
 
 NOT_SUPPORTED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 
 FAILURES = (InputError, NonFiniteError, SaveError, Stopped)
 MESSAGE = 4096  # bytes of an error that the processes tell one another
+SAME = 1.0  # seconds
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -45,8 +49,8 @@ def make_accelerator(config: Config) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
             fsdp_plugin=sharding,
-            # The main process looks, draws and saves alone, while the others wait.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+            # The main process looks, draws and saves alone, while the others wait; heartbeat.py knows whether in vain.
+            kwargs_handlers=[InitProcessGroupKwargs(init_method=init_method(), timeout=timedelta(days=1))],
             **trackers,
         )
     except ValueError as error:
@@ -54,6 +58,8 @@ def make_accelerator(config: Config) -> Accelerator:
         raise InputError(
             f"train.mixed_precision: {config.train.mixed_precision} is not to be had here: {line}"
         ) from None
+    if config.train.mixed_precision == "fp16" and accelerator.scaler is None:  # passed over on a CPU, in silence too
+        raise InputError("train.mixed_precision: fp16 is not to be had here: it needs a GPU; take bf16, or no")
     if sharding is not None and not accelerator.is_fsdp2:  # which accelerate passes over in silence
         raise InputError(
             "ACCELERATE_USE_FSDP is set: accelerate cuts weights over the GPUs of processes that accelerate launch or"
@@ -184,20 +190,29 @@ def locked(run: Path) -> Iterator[None]:
 
 
 class StopSignal:
-    """Within it SIGTERM and SIGINT only set `stopped`; a second one does what it always did."""
+    """Within it SIGTERM and SIGINT only set `stopped`, for `heed` and the loop; another one does what it always did.
 
-    def __init__(self) -> None:
-        self.stopped = False
+    Signals within a second of the first are the same one, told twice: launchers pass on what their group is sent."""
+
+    active: ClassVar["StopSignal | None"] = None  # signals are the process's, and so is this
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.stopped = run, False
+        self._told = 0.0
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+            StopSignal.active = self
         return self
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.stopped = True
-        self._restore()
+        if self.stopped and time.monotonic() - self._told > SAME:
+            self._restore()
+            signal.raise_signal(number)
+        elif not self.stopped:
+            self.stopped, self._told = True, time.monotonic()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -206,3 +221,35 @@ class StopSignal:
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
+        StopSignal.active = None
+
+
+def told_to_stop() -> bool:
+    """Whether this process was, within a StopSignal."""
+    return StopSignal.active is not None and StopSignal.active.stopped
+
+
+def stopping() -> Stopped:
+    """What a run that was told to stop is ended with where it has nothing to save."""
+    assert StopSignal.active is not None
+    return Stopped(f"{StopSignal.active.run}: stopped; the same command goes on")
+
+
+def heed() -> None:
+    """Raises Stopped once this process was told to stop: for whatever takes long before the first step."""
+    if told_to_stop():
+        raise stopping()
+
+
+@contextmanager
+def heeding(network: nn.Module) -> Iterator[None]:
+    """Within it the network raises Stopped, in the place of a pass, once the process was told to stop."""
+
+    def before(*inputs: Any) -> None:
+        heed()
+
+    hook = network.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from diffusion_unet.errors import InputError
 from diffusion_unet.model import DiffusionModel
 from diffusion_unet.schedule import NoiseSchedule
 
@@ -47,13 +48,14 @@ def measure(
     weights: Mapping[str, Callable[[], AbstractContextManager[Any]]],
     config: Config,
     chunk: int = CHUNK,
+    heed: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{"held_out_loss": {"raw": {"0.0871": loss, ...}, "0.9999": {...}}, ...}: `held_out_loss` of each set of images
     with each set of weights, in eval mode.
 
     sets: the batches of each by its name; one of no images is left out. weights: for each name what puts those weights
-    in place while it is entered, nullcontext for the raw ones. By how much the loss of held-out images is above that of
-    as many training images says what the network knows by heart."""
+    in place while it is entered, nullcontext for the raw ones. heed: called between passes, and may raise. By how much
+    the loss of held-out images is above that of as many training images says what the network knows by heart."""
     present = {kind: batches for kind, batches in sets.items() if batches}
     losses: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in present}
     training = network.training
@@ -62,7 +64,7 @@ def measure(
         for name, in_place in weights.items():
             with in_place():
                 for kind, batches in present.items():
-                    losses[kind][name] = held_out_loss(network, model, batches, config, chunk)
+                    losses[kind][name] = held_out_loss(network, model, batches, config, chunk, heed)
     finally:
         network.train(training)
     return losses
@@ -70,7 +72,12 @@ def measure(
 
 @torch.no_grad()
 def held_out_loss(
-    network: nn.Module, model: DiffusionModel, batches: Sequence[Batch], config: Config, chunk: int = CHUNK
+    network: nn.Module,
+    model: DiffusionModel,
+    batches: Sequence[Batch],
+    config: Config,
+    chunk: int = CHUNK,
+    heed: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss of the images at each of 8 fixed noise levels, by sigma; an image has the same noise at every level.
 
@@ -83,6 +90,7 @@ def held_out_loss(
     for batch in batches:
         parts = -(-len(batch.indices) // chunk)
         for part in (batch.part(number, parts) for number in range(parts)):
+            heed()
             x0, noise, given = encode(part, model, device), part.noise.to(device), told(part, model, device)
             for place, (level, weight) in enumerate(zip(levels, weights, strict=True)):
                 sigma = level.expand(len(x0))
@@ -132,7 +140,10 @@ def score_fashion(draw: Draw, images_per_class: int) -> dict[str, Any]:
         wordings = min(len(captions(label)) for label in labels)
         return draw([captions(label)[seed % wordings] for label, seed in wanted], [seed for _, seed in wanted])
 
-    drawn = {"trained": pictures(fashion.captions), "held_out": pictures(fashion.held_out_captions)}
+    try:
+        drawn = {"trained": pictures(fashion.captions), "held_out": pictures(fashion.held_out_captions)}
+    except InputError as error:
+        raise InputError(f"{error} (what is drawn is clothing, by default: give --prompts for other models)") from None
     right = [label for label, _ in wanted]
     real = fashion.load()
     photographs = fashion.resize(torch.tensor(real.images)[:, None].float(), drawn["trained"][0].width)[:, 0]

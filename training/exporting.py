@@ -23,8 +23,9 @@ from .adapters import EMBEDDING_FILE, LORA_FILE, save_embedding, save_lora
 from .card import GRID, SCHEDULER, card
 from .config import Config, ScheduleConfig, config_from_dict
 from .looking import OWN_AVERAGE, PREVIEWS
-from .network import Network
-from .start import untrained
+from .network import Network, fit_to_task
+from .resume import refuse_other_model
+from .start import model_before
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = ("diffusers", "kohya", "single-file")
@@ -113,14 +114,9 @@ def _check_layout(config: Config, layout: str, variant: str | None) -> None:
 
 def _trained(found: checkpoint.Checkpoint, config: Config, name: str) -> DiffusionModel:
     """The model with the weights of one file of the checkpoint. Raises InputError."""
-    model = untrained(config)
-    if config.model.pretrained:
-        base = DiffusionModel.load(config.model.pretrained, config=config.model.pretrained_config, dtype=torch.float32)
-        if base.fingerprint() != found.state.get("pretrained"):
-            raise InputError(
-                f"{config.model.pretrained}: not the model that {config.train.output_dir} was tuned from; put that one"
-                " back"
-            )
+    before = model_before(config)
+    refuse_other_model(found, config, before.fingerprint())
+    model = fit_to_task(before, config)
     network = Network(model, config)
     network.uncertainty = None  # of use in training alone
     parameters, given = network.trained(), dict(found.tensors.get(name, {}))

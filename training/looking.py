@@ -1,18 +1,19 @@
 """What is looked at on the way of a run: pictures of the validation prompts, and the held-out loss."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
 
+from diffusion_unet.errors import Stopped
 from diffusion_unet.images import grid, save_png
 from diffusion_unet.model import DiffusionModel
 
 from .checks import images_at_once
-from .engine import resharded, whole
+from .engine import heeding, resharded, whole
 from .evaluate import CHUNK, measure
 from .network import Network
 from .optimizer import averages_itself, evaluating
@@ -31,8 +32,8 @@ OWN_AVERAGE = "optimizer"  # name of the averages that a schedule-free optimizer
 def draw_and_measure(trainer: "Trainer", preview: Preview | None) -> None:
     """Pictures by the first average, or where there is none by the weights themselves; losses by all of them.
 
-    Of processes over which the weights are cut, all call this; of others the main one. Raises SaveError, and whatever
-    `preview` raises."""
+    Of processes over which the weights are cut, all call this; of others the main one. Raises SaveError, Stopped, and
+    whatever `preview` raises."""
     config, model, step = trainer.config, trainer.model, trainer.steps_done
     weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {"raw": nullcontext}
     weights |= {ema.name: ema.swapped_in for ema in trainer.emas}
@@ -48,18 +49,21 @@ def draw_and_measure(trainer: "Trainer", preview: Preview | None) -> None:
         try:
             with weights[best](), torch.no_grad(), as_written:
                 drawn_with = _gathered(trainer) if trainer.sharded else model
-                if trainer.main:
-                    sheet = grid(preview(drawn_with, prompts, list(range(count))), prompts or [""], count)
-                    save_png(trainer.folder / PREVIEWS / f"step_{step:06d}.png", sheet)
+                # Told to stop, the main process is told so once more below, and the others with it.
+                with suppress(Stopped), heeding(drawn_with.unet):
+                    if trainer.main:
+                        sheet = grid(preview(drawn_with, prompts, list(range(count))), prompts or [""], count)
+                        save_png(trainer.folder / PREVIEWS / f"step_{step:06d}.png", sheet)
         finally:
             trainer.network.train()
+        trainer.heed()
     if config.data.held_out:
         batches = {
             "held_out_loss": trainer.batches.held_out_batches(HELD_OUT_IMAGES),
             "training_loss": trainer.batches.training_batches(min(HELD_OUT_IMAGES, config.data.held_out)),
         }
         chunk = min(CHUNK, images_at_once(config, trainer.accelerator.num_processes))
-        losses = measure(trainer.network, model, batches, weights, config, chunk)
+        losses = measure(trainer.network, model, batches, weights, config, chunk, trainer.heed)
         trainer.metrics.write({"step": step, **losses})
 
 

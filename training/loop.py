@@ -8,8 +8,9 @@ averages, the optimizer's moments, and one integer: the images seen.
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,23 @@ from diffusion_unet.errors import InputError, NonFiniteError, Stopped
 
 from . import checkpoint
 from .batches import Batch, Batches, encode, told
-from .config import Config, changed, to_dict
+from .config import Config, to_dict
 from .ema import make_emas
-from .engine import StopSignal, by_main, cut_as, kept, locked, make_accelerator, own_part, put, whole
+from .engine import (
+    StopSignal,
+    by_main,
+    cut_as,
+    kept,
+    locked,
+    make_accelerator,
+    own_part,
+    put,
+    stopping,
+    told_to_stop,
+    whole,
+)
 from .evaluate import level_losses
+from .heartbeat import watched
 from .looking import OWN_AVERAGE, Preview, draw_and_measure
 from .metrics import LEVELS_EVERY, Metrics, open_trackers
 from .network import Network
@@ -34,22 +48,30 @@ from .objective import huber_c, image_losses
 from .optimizer import averages_itself, evaluating, load_state, make_optimizer, rate_course, set_rates, state_tensors
 from .precompute import keep_latents, keep_texts
 from .prior import fill_class_images
+from .resume import Change, changes_of, changes_of_data, check_allowed, refuse_other_model, tell
 from .start import check_paths, shown, start
+from .stream import StreamBatches
 from .uncertainty import weigh
 
 NAMED = 4  # images that a message names
 
 
-def train(config: Config, *, preview: Preview | None = None, progress: bool = True) -> Path:
+def train(
+    config: Config, *, preview: Preview | None = None, progress: bool = True, allow_change: Sequence[str] = ()
+) -> Path:
     """Trains until `max_train_steps` and returns the run folder; goes on from the newest whole checkpoint there.
 
-    preview(model, prompts, seeds) draws the grid of `validation_prompts`, prompt by prompt. A run that is finished is
-    left as it is. Raises InputError for settings, data or a resume that cannot be, NonFiniteError before a step that
-    would spoil the weights, SaveError, and Stopped after SIGTERM or Ctrl-C, once the state has been saved."""
+    preview(model, prompts, seeds) draws the grid of `validation_prompts`, prompt by prompt. allow_change: settings that
+    may differ from those of the checkpoint, which is recorded. A run that is finished is left as it is. Raises
+    InputError for settings, data or a resume that cannot be, NonFiniteError before a step that would spoil the weights,
+    SaveError, and Stopped after SIGTERM or Ctrl-C, once the state has been saved."""
+    check_allowed(allow_change)
     accelerator = make_accelerator(config)
     run = Path(config.train.output_dir)
     say = _say if accelerator.is_main_process else lambda message: None
     with ExitStack() as stack:
+        stack.enter_context(StopSignal(run))
+        stack.enter_context(watched(accelerator, config.train.heartbeat_timeout))
 
         def take() -> None:
             stack.enter_context(locked(run))
@@ -58,11 +80,14 @@ def train(config: Config, *, preview: Preview | None = None, progress: bool = Tr
         by_main(accelerator, take)
         found = checkpoint.load(run, say)
         if found:
-            refuse_changes(found, config)
+            checkpoint.check_state(found)
+        changes = changes_of(found, config, allow_change) if found else []
         if not found or found.state["look_due"] or found.state["step"] < config.train.max_train_steps:
             check_paths(config)
             fill_class_images(config, accelerator, preview, say)
-            trainer = Trainer(config, accelerator, found, progress=progress, say=say)
+            trainer = Trainer(
+                config, accelerator, found, progress=progress, say=say, changes=changes, allowed=allow_change
+            )
             if found:
                 found.tensors.clear()  # mapped files, which would keep removed checkpoints on the disk
             trainer.run(preview)
@@ -71,7 +96,8 @@ def train(config: Config, *, preview: Preview | None = None, progress: bool = Tr
 
 
 class Trainer:
-    """One process's part of a run; `found` is the checkpoint to go on from."""
+    """One process's part of a run; `found` is the checkpoint to go on from, `changes` how the settings differ from its,
+    and `allowed` what else may."""
 
     def __init__(
         self,
@@ -81,17 +107,25 @@ class Trainer:
         *,
         progress: bool = False,
         say: Callable[[str], None] = print,
+        changes: Sequence[Change] = (),
+        allowed: Sequence[str] = (),
     ):
         self.config, self.accelerator, self.say = config, accelerator, say
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.folder = Path(config.train.output_dir)
         self.progress = progress and self.main
-        self.dataset, self.model, self.pretrained = start(
+        self.dataset, self.model, self.model_before = start(
             config, accelerator, say, progress=self.progress, again=found is not None
         )
+        self.changes: list[Change] = []  # of all resumes so far
         if found:
-            self._refuse_other(found)
-        self.batches = Batches(config, self.dataset, self.model, accelerator.process_index, accelerator.num_processes)
+            refuse_other_model(found, config, self.model_before)
+            of_data = changes_of_data(found, config.data, self.dataset.fingerprint, allowed)
+            self.changes = [*found.state["changes"], *changes, *of_data]
+            for line in tell([*changes, *of_data]):
+                say(line)
+        make = partial(StreamBatches, say=say) if config.data.streaming == "pure" else Batches
+        self.batches = make(config, self.dataset, self.model, accelerator.process_index, accelerator.num_processes)
         keep_latents(self.batches, accelerator, shown("encoding images", self.progress))
         keep_texts(self.batches, accelerator, shown("encoding captions", self.progress))
         self._prepare()
@@ -105,19 +139,6 @@ class Trainer:
         self.metrics = Metrics(self.folder, main=self.main, trackers=trackers)
 
     # ---- before the first step ----
-
-    def _refuse_other(self, found: checkpoint.Checkpoint) -> None:
-        """Raises InputError for a checkpoint of other images, or of another model."""
-        if found.state.get("pretrained") != self.pretrained:
-            raise InputError(
-                f"{found.path}: model.pretrained: {self.config.model.pretrained} is not the model that the run began"
-                " with"
-            )
-        if found.state.get("data") != self.dataset.fingerprint:
-            raise InputError(
-                f"{found.path}: data.train_data_dir: images or captions are not those that the run began with: put them"
-                " back, or take another train.output_dir"
-            )
 
     def _prepare(self) -> None:
         """The network, its optimizer and its averages, on the device and over the processes."""
@@ -158,10 +179,12 @@ class Trainer:
             disable=not self.progress,
         )
         smooth = None
-        with closing(self.metrics), StopSignal() as stop, bar:
+        with closing(self.metrics), bar:
             if self.look_due:  # the run was stopped before it could
                 self._look(preview)
                 self.save()
+            if self._told_to_stop():
+                raise stopping()
             begun = time.perf_counter() - self.seconds
             for batch in self.batches.ahead(self.steps_done, last):
                 record = self.step(batch)
@@ -173,14 +196,14 @@ class Trainer:
                 self.metrics.write({"step": self.steps_done, **record, "seconds": round(self.seconds, 3), **levels})
                 ended = self.steps_done == last
                 self.look_due = ended or self.steps_done % config.validation.validation_steps == 0
-                stopped = self._anyone(stop.stopped)
+                stopped = self._told_to_stop()
                 if self.look_due and not stopped:
                     self._look(preview)
-                    stopped = self._anyone(stop.stopped)
+                    stopped = self._told_to_stop()
                 if stopped or ended or self.steps_done % config.train.checkpointing_steps == 0:
                     self.save()
                 if stopped and (self.look_due or not ended):
-                    raise Stopped(
+                    raise self.batches.fault() or Stopped(
                         f"{self.folder}: stopped at step {self.steps_done}, and saved; the same command goes on"
                     )
 
@@ -214,7 +237,7 @@ class Trainer:
         self.steps_done += 1
         for ema in self.emas:
             ema.update(self.steps_done)
-        return {"loss": loss, "lr": rate, "grad_norm": grad_norm if math.isfinite(grad_norm) else -1.0}
+        return {"loss": loss, "lr": rate, "grad_norm": grad_norm}
 
     def _backward(self, batch: Batch) -> Tensor:
         """Adds to the gradients, and returns the losses of the images [B]."""
@@ -258,6 +281,14 @@ class Trainer:
         """Whether any process says so; all of them get the same answer."""
         return bool(self._sum(torch.tensor(float(flag))))
 
+    def _told_to_stop(self) -> bool:
+        return self._anyone(told_to_stop() or self.batches.fault() is not None)
+
+    def heed(self) -> None:
+        """Raises Stopped once a process was told to stop; called between steps, by all where weights are cut."""
+        if self._told_to_stop() if self.sharded else told_to_stop():
+            raise stopping()
+
     # ---- what is written ----
 
     def save(self) -> None:
@@ -270,13 +301,14 @@ class Trainer:
                 "images_seen": self.steps_done * self.config.train.train_batch_size,
                 "seconds": self.seconds,
                 "data": self.dataset.fingerprint,
-                "pretrained": self.pretrained,
+                "model": self.model_before,
                 "samples": len(self.dataset),
                 "look_due": self.look_due,
                 "levels": levels,
                 "optimizer": scalars,
                 "scaler": scaler.state_dict() if scaler else None,
                 "config": to_dict(self.config),
+                "changes": self.changes,
             }
             limit = self.config.train.checkpoints_total_limit
             checkpoint.save(self.folder, self.steps_done, state, tensors, limit)
@@ -334,27 +366,20 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
 
     def _look(self, preview: Preview | None) -> None:
-        """The preview grid and the held-out loss. Where they fail, the run is saved before the error is raised."""
+        """The preview grid and the held-out loss, still due where a stop comes between. Where they fail, the run is
+        saved before the error is raised."""
         self._check_weights(self._weights())
+        cut_short = False
         try:
             if self.main or self.sharded:
                 draw_and_measure(self, preview)
+        except Stopped:
+            cut_short = True
         except Exception:  # whatever it was, the weights are as they were
             if self.accelerator.num_processes == 1:  # others would have to come along
                 self.save()
             raise
-        self.look_due = False
-        self.accelerator.wait_for_everyone()
-
-
-def refuse_changes(found: checkpoint.Checkpoint, config: Config) -> None:
-    """Raises InputError, naming settings with which a run cannot go on from a checkpoint."""
-    changes = changed(found.state.get("config", {}), to_dict(config))
-    if found.state["step"] > config.train.max_train_steps:
-        changes.append(f"train.max_train_steps: {config.train.max_train_steps}, for it has taken more")
-    if changes:
-        what = "; ".join(changes)
-        raise InputError(f"{found.path}: it cannot go on with {what}: change it back, or take another train.output_dir")
+        self.look_due = self._anyone(cut_short)  # the others wait here
 
 
 def _say(message: str) -> None:

@@ -202,7 +202,8 @@ def open_trackers(accelerator: Any, folder: Path, settings: Mapping[str, Any], s
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in flatten(settings).items()
     }
-    again = {"tensorboard": {"purge_step": step + 1}} if step else {}
-    accelerator.init_trackers(folder.resolve().name, config=flat, init_kwargs=again)
+    # Also of a run that begins again, after it had ended before its first checkpoint.
+    hidden = {"tensorboard": {"purge_step": step + 1}}
+    accelerator.init_trackers(folder.resolve().name, config=flat, init_kwargs=hidden)
     trackers: Sequence[Any] = accelerator.trackers
     return trackers

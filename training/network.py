@@ -171,9 +171,17 @@ def refuse_other_inputs(unet: UNetConfig, key: str) -> None:
         )
 
 
+def unet_config(config: ModelConfig, **more: Any) -> UNetConfig:
+    """The U-Net that `model.unet` describes, with `more` of its settings. Raises InputError."""
+    try:
+        return UNetConfig.from_diffusers({**(config.unet or {}), **more})
+    except InputError as error:
+        raise InputError(f"model.unet: {error}") from None
+
+
 def new_channels(config: ModelConfig, resolution: int) -> int:
     """Channels of the pictures that a new model is trained on, 1 or 3. Raises InputError."""
-    unet = UNetConfig.from_diffusers(config.unet or {})
+    unet = unet_config(config)
     refuse_other_inputs(unet, "model.unet")
     blocks = (*unet.down_block_types, unet.mid_block_type, *unet.up_block_types)
     own_text = config.text_encoder and not config.pretrained_text_encoder
@@ -201,13 +209,11 @@ def new_model(config: Config, dataset: Dataset) -> DiffusionModel:
     model, seed = config.model, config.train.seed
     codec: PixelCodec | LatentCodec
     codec = pixel_codec(model, dataset) if model.vae is None else LatentCodec.load(Path(model.vae), dtype=torch.float32)
-    settings: dict[str, Any] = {**(model.unet or {})}
-    settings["sample_size"] = config.data.resolution // codec.scale_factor
-    unet_config = UNetConfig.from_diffusers(settings)
-    text = new_text(model, unet_config, dataset, seed)
+    settings = unet_config(model, sample_size=config.data.resolution // codec.scale_factor)
+    text = new_text(model, settings, dataset, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet(unet_config)
+        unet = UNet(settings)
     try:
         return DiffusionModel(unet, new_schedule(model.schedule), text, codec)
     except InputError as error:

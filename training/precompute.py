@@ -13,6 +13,7 @@ from diffusion_unet.errors import InputError
 from . import cache
 from .batches import Batches
 from .data import Watch
+from .engine import heed
 from .start import with_cache
 
 LATENTS, TEXTS = "latents", "texts"
@@ -38,6 +39,7 @@ def keep_latents(batches: Batches, accelerator: Any, watch: Watch) -> None:
         for _, group in groupby(sorted(entries, key=batches.bucket_of), batches.bucket_of):
             alike = list(group)
             for start in range(0, len(alike), AT_ONCE):
+                heed()
                 part = alike[start : start + AT_ONCE]
                 found |= zip(part, codec.moments(batches.pixels(part)).cpu(), strict=True)
         return [{"moments": found[entry]} for entry in entries]
@@ -58,7 +60,11 @@ def keep_texts(batches: Batches, accelerator: Any, watch: Watch) -> None:
     key = cache.fingerprint(TEXTS, cache.module_digest(text), text.fingerprint(), captions)
 
     def compute(entries: Sequence[int]) -> list[dict[str, Tensor]]:
-        rows = cache.text_rows(text, [captions[entry] for entry in entries], accelerator.device, AT_ONCE)
+        rows: list[cache.Row] = []
+        for start in range(0, len(entries), AT_ONCE):
+            heed()
+            part = [captions[entry] for entry in entries[start : start + AT_ONCE]]
+            rows += cache.text_rows(text, part, accelerator.device, AT_ONCE)
         return [{name: value.cpu() for name, value in row.items()} for row in rows]
 
     folder = _folder(batches) / TEXTS

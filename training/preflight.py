@@ -9,7 +9,7 @@ import dataclasses
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,12 @@ import torch
 
 from diffusion_unet.codec import LatentCodec, PixelCodec
 from diffusion_unet.conditioning import TextEncoder
-from diffusion_unet.config import UNetConfig
-from diffusion_unet.errors import InputError, SaveError
+from diffusion_unet.errors import InputError, SaveError, in_bytes
 from diffusion_unet.model import DiffusionModel
 from diffusion_unet.model_index import index_of
 from diffusion_unet.unet import UNet
 
-from . import buckets, checkpoint, data, loop, network, start
+from . import buckets, checkpoint, data, network, resume, start
 from .batches import Batches
 from .cache import Store
 from .config import Config, DataConfig
@@ -34,19 +33,21 @@ from .metrics import tracker_settings
 from .optimizer import rate_course
 from .precompute import keep_latents, keep_texts
 from .prior import fill_class_images
-from .report import Report
-from .samples import some, tell_bad, tell_captions, tell_duplicates, tell_enlarged
+from .report import Report, some
+from .samples import tell_bad, tell_captions, tell_duplicates, tell_enlarged
+from .stream import limitation
+from .tables import STREAMED
 
 NOBODY = sys.maxsize  # rank of a process to which no work falls
 FLOAT = 4  # bytes
 
 
-def check(config: Config, *, progress: bool = True) -> Report:
+def check(config: Config, *, progress: bool = True, allow_change: Sequence[str] = ()) -> Report:
     """All faults of a run's settings, data and model at once, and its figures. Trains nothing and needs no GPU.
 
     Where there are samples that cannot be used, `would_fail` says whether there are more than the settings bear. Raises
-    none of the errors that a run would end with: they are faults of the report."""
-    preflight = _Preflight(config, progress)
+    none of the errors that a run would end with: they are faults of the report. allow_change: as of `train`."""
+    preflight = _Preflight(config, progress, allow_change)
     preflight.run()
     return preflight.report
 
@@ -76,8 +77,8 @@ class _Noting:
 
 
 class _Preflight:
-    def __init__(self, config: Config, progress: bool):
-        self.config, self.progress = config, progress
+    def __init__(self, config: Config, progress: bool, allowed: Sequence[str]):
+        self.config, self.progress, self.allowed = config, progress, allowed
         self.report = Report(config.train.output_dir)
         self.run_folder = Path(config.train.output_dir)
         self.cache = Path(str(start.with_cache(config).cache_dir))
@@ -94,7 +95,7 @@ class _Preflight:
                 channels = pretrained.codec.channels
             else:
                 channels = network.new_channels(self.config.model, self.config.data.resolution)
-        self._compare_pretrained(found, pretrained)
+        self._compare_model(found, pretrained)
         dataset = self._look_at_data(channels, network.told_by(self.config.model, pretrained), found)
         model = None
         with self._noting("model"):
@@ -136,14 +137,17 @@ class _Preflight:
         if found is None:
             return None
         with self._noting("run folder"):
-            loop.refuse_changes(found, config)
+            resume.check_allowed(self.allowed)
+            notes += resume.tell(resume.changes_of(found, config, self.allowed))
         if found.state["step"] < config.train.max_train_steps:
             notes.append(f"{found.path}: the run goes on from step {found.state['step']}")
         return found
 
-    def _compare_pretrained(self, found: checkpoint.Checkpoint | None, pretrained: DiffusionModel | None) -> None:
-        if found and found.state.get("pretrained") != (pretrained.fingerprint() if pretrained else None):
-            self.report.refuse("run folder", f"{found.path}: model.pretrained is not the model that the run began with")
+    def _compare_model(self, found: checkpoint.Checkpoint | None, pretrained: DiffusionModel | None) -> None:
+        if found is not None and (pretrained is not None or not self.config.model.pretrained):
+            with self._noting("run folder"):
+                before = pretrained or start.model_before(self.config)
+                resume.refuse_other_model(found, self.config, before.fingerprint())
 
     # ---- the samples ----
 
@@ -151,15 +155,22 @@ class _Preflight:
         """All samples, decoded unless they were before; None where there is nothing to look at."""
         config = dataclasses.replace(self._settings_of_data(), cache_in_memory=0)
         full, index = dataclasses.replace(config, look="full"), self.cache / start.INDEX
+        if config.streaming == "pure":
+            self.report.notes.append(limitation(config))
         with self._noting("data"):
             source = data.open_data(full, channels)
             watch = start.shown("looking at images", self.progress)
             dataset = data.inspect(source, full, channels, told=told, index=index, watch=watch)
             tell_bad(self.report, dataset, full, told)
+            if line := start.unlisted(dataset):
+                self.report.notes.append(line)
             looks = data.read_index(index, full, channels, told)
             tell_duplicates(self.report, dataset, looks, self.config)
             tell_enlarged(self.report, dataset)
             fingerprint = dataset.fingerprint
+            if config.streaming == "pure":
+                fingerprint = STREAMED
+                self.report.figures["stream"] = {"looked_at": len(source), "exact_resume": False}
             if config.look == "quick":
                 dataset.mean = dataset.std = float("nan")
                 quick = data.inspect(source, config, channels, told=told)
@@ -170,10 +181,10 @@ class _Preflight:
                         f"data.look: quick passes {len(dataset.bad) - len(quick.bad)} images that cannot be decoded,"
                         " and the run would end at the first of them: take full, or take them out",
                     )
-            if found and found.state.get("data") != fingerprint:
-                self.report.refuse(
-                    "run folder", f"{found.path}: images or captions are not those that the run began with"
-                )
+            if found:
+                with self._noting("run folder"):
+                    changes = resume.changes_of_data(found, self.config.data, fingerprint, self.allowed)
+                    self.report.notes.extend(resume.tell(changes))
             return dataset
         return None
 
@@ -202,9 +213,8 @@ class _Preflight:
                 codec = LatentCodec.load(Path(config.vae), dtype=torch.float32)
             elif usable is not None:
                 codec = network.pixel_codec(config, usable)
-        settings: dict[str, Any] = {**(config.unet or {})}
-        settings["sample_size"] = self.config.data.resolution // (codec.scale_factor if codec else 1)
-        unet_config = UNetConfig.from_diffusers(settings)
+        side = self.config.data.resolution // (codec.scale_factor if codec else 1)
+        unet_config = network.unet_config(config, sample_size=side)
         with self._noting("model"):
             if usable is not None:
                 text = network.new_text(config, unet_config, usable, self.config.train.seed)
@@ -237,7 +247,8 @@ class _Preflight:
         config, batches, taken = self.config, None, None
         with self._noting("data"):
             batches = Batches(config, dataset, model)
-            self._tell_buckets(batches)
+            if config.data.streaming != "pure":  # of which nobody knows how much there is
+                self._tell_buckets(batches)
         if batches is None:
             return
         with self._noting("settings"):
@@ -290,9 +301,8 @@ class _Preflight:
         self.report.figures["disk"] = {"needed": {name: count for name, (_, count) in needed.items()}, "free": free}
         for place, total in disks.values():
             if total > free[str(place)]:
-                self.report.refuse(
-                    "disk", f"{place}: {total} bytes are needed and {free[str(place)]} are free: make room"
-                )
+                sizes = f"{in_bytes(total)} are needed and {in_bytes(free[str(place)])} are free"
+                self.report.refuse("disk", f"{place}: {sizes}: make room")
 
 
 def _missing(store: Store) -> Iterator[int]:

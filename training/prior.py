@@ -12,7 +12,7 @@ from diffusion_unet.images import save_png
 from diffusion_unet.model import DiffusionModel
 
 from .config import Config
-from .engine import by_main
+from .engine import by_main, heed, heeding
 from .folders import IMAGE_SUFFIXES
 from .network import load_pretrained
 
@@ -46,8 +46,11 @@ def fill_class_images(
             say(f"drawing {len(missing)} images of {data.class_prompt!r} into {folder}")
             model = load_pretrained(config.model).to(accelerator.device)
             for start in range(0, len(missing), AT_ONCE):
+                heed()
                 seeds = missing[start : start + AT_ONCE]
-                for seed, image in zip(seeds, preview(model, [str(data.class_prompt)], seeds), strict=True):
+                with heeding(model.unet):
+                    drawn = preview(model, [str(data.class_prompt)], seeds)
+                for seed, image in zip(seeds, drawn, strict=True):
                     save_png(folder / f"class-{seed:05d}.png", image)
 
     by_main(accelerator, fill)

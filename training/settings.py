@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
@@ -25,14 +25,16 @@ def explain(
     help: str,
     *,
     low: float | None = None,
+    above: float | None = None,
     high: float | None = None,
     fixed: bool = True,
     required: bool = False,
     empty: bool = False,
 ) -> dict[str, Any]:
-    """The metadata of a field. `low` and `high` are inclusive bounds of a number; `fixed` says that a run cannot be
-    resumed with another value, `empty` that a text may be empty."""
-    return {"help": help, "low": low, "high": high, "fixed": fixed, "required": required, "empty": empty}
+    """The metadata of a field. `low` and `high` are inclusive bounds of a number, `above` is exclusive; `fixed` says
+    that a run cannot be resumed with another value, `empty` that a text may be empty."""
+    bounds = {"low": low, "above": above, "high": high}
+    return {"help": help, **bounds, "fixed": fixed, "required": required, "empty": empty}
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
@@ -78,16 +80,18 @@ def apply(kind: Any, tree: dict[str, Any], override: str) -> None:
     tree[names[-1]] = text if is_text else parse(text, override)
 
 
-def build(kind: Any, tree: Any, source: str, prefix: str = "", root: Any = None) -> Any:
-    """A dataclass `kind` from a tree of mappings; `source` (a file) begins every message. Raises InputError."""
+def build(kind: Any, tree: Any, source: str, overrides: Sequence[str] = (), prefix: str = "", root: Any = None) -> Any:
+    """A dataclass `kind` from a tree of mappings, to which `overrides` have been applied. Raises InputError, which
+    begins with the override that gave what is wrong, or else with `source` (a file)."""
     root = root or kind
     fields = {spec.name: spec for spec in dataclasses.fields(kind)}
     if not isinstance(tree, dict):
         expected = f"a section with {', '.join(fields)}"
-        raise InputError(f"{source}: {prefix.rstrip('.')}: expected {expected}, got {show(tree)}")
+        raise InputError(f"{_given_by(source, overrides, prefix.rstrip('.'))}: expected {expected}, got {show(tree)}")
     unknown = next((str(name) for name in tree if name not in fields), None)
     if unknown is not None:
-        raise InputError(f"{source}: {prefix}{unknown} is not a setting; {_nearest(root, prefix, unknown)}")
+        place = _given_by(source, overrides, prefix + unknown)
+        raise InputError(f"{place} is not a setting; {_nearest(root, prefix, unknown)}")
     values: dict[str, Any] = {}
     for name, spec in fields.items():
         section, given = _section(spec.type), tree.get(name)
@@ -98,27 +102,41 @@ def build(kind: Any, tree: Any, source: str, prefix: str = "", root: Any = None)
         ):
             values[name] = None
         elif section:
-            values[name] = build(section, {} if given is None else given, source, f"{prefix}{name}.", root)
+            values[name] = build(section, {} if given is None else given, source, overrides, f"{prefix}{name}.", root)
         elif name in tree:
-            values[name] = _convert(given, spec, f"{source}: {prefix}{name}")
+            values[name] = _convert(given, spec, _given_by(source, overrides, prefix + name))
         elif spec.metadata["required"]:
             raise InputError(f"{source}: {prefix}{name} is missing: {spec.metadata['help']}")
     return kind(**values)
 
 
+def _given_by(source: str, overrides: Sequence[str], key: str) -> str:
+    """What begins a message about a setting: the last override of it, its section or a part of it; or the file."""
+    for override in reversed(overrides):
+        given = override.removeprefix("--").partition("=")[0]
+        if given == key:
+            return f"--{key}"
+        if key.startswith(f"{given}.") or given.startswith(f"{key}."):
+            return f"--{given}: {key}"
+    return f"{source}: {key}"
+
+
 def _convert(value: Any, spec: "dataclasses.Field[Any]", key: str) -> Any:
     hint: Any = spec.type
-    low, high = spec.metadata["low"], spec.metadata["high"]
+    low, above, high = (spec.metadata[name] for name in ("low", "above", "high"))
     for choice in _choices(hint):
         if choice in (int, float) and _is_number(value, choice):
-            if (low is None or value >= low) and (high is None or value <= high):
+            if (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high):
                 return choice(value)
         elif choice is str and value == "" and not spec.metadata["empty"]:
             raise InputError(f"{key}: is empty; give a text, or leave it out")
         elif _accepts(choice, value):
             return tuple(map(str, value)) if isinstance(value, list) else value
+    bounds = {"at least": low, "more than": above, "at most": high}
     limits = " and ".join(
-        f"{word} {bound:g}" for word, bound in (("at least", low), ("at most", high)) if bound is not None
+        f"{words} {bound if isinstance(bound, int) else format(bound, 'g')}"
+        for words, bound in bounds.items()
+        if bound is not None
     )
     raise InputError(f"{key}: expected {' '.join([_name(hint), limits]).strip()}, got {show(value)}")
 

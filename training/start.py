@@ -15,26 +15,27 @@ from diffusion_unet.conditioning import PromptEncoder
 from diffusion_unet.errors import InputError
 from diffusion_unet.model import DiffusionModel
 
-from . import data
+from . import data, sources
 from .config import Config, DataConfig
-from .engine import by_main
+from .engine import by_main, heed
 from .imports import load_object
 from .network import fit_to_task, load_pretrained, new_channels, new_model, told_by
+from .report import some
+from .tables import STREAMED
 
 BASE = "base"  # folder of the model of a run from nothing, as it was before the first step
 AT_ONCE = 1024  # captions
-BAD, INDEX = "bad.jsonl", "index.jsonl"
+BAD, INDEX = "quarantine.jsonl", "index.jsonl"
 
 
 def start(
     config: Config, accelerator: Accelerator, say: Callable[[str], None], *, progress: bool = False, again: bool = False
-) -> tuple[data.Dataset, DiffusionModel, str | None]:
-    """The samples, the model to be trained, float32 on the device, and the fingerprint of `model.pretrained`.
+) -> tuple[data.Dataset, DiffusionModel, str]:
+    """The samples, the model to be trained, float32 on the device, and its fingerprint as it is before the first step.
 
     again: the run has begun before, and its new model is in the run folder. Called by all processes. Raises InputError,
     SaveError."""
     pretrained = load_pretrained(config.model) if config.model.pretrained else None
-    fingerprint = pretrained.fingerprint() if pretrained else None
     channels = pretrained.codec.channels if pretrained else new_channels(config.model, config.data.resolution)
     told = told_by(config.model, pretrained)
     if config.data.label_column is not None and told != "label":
@@ -48,7 +49,9 @@ def start(
         # A new model is kept: its tokenizer and pixel statistics are the run's.
         base = Path(config.train.output_dir) / BASE
         by_main(accelerator, lambda: new_model(config, dataset).save(base))
-    model = (fit_to_task(pretrained, config) if pretrained else untrained(config)).to(accelerator.device)
+    before = pretrained or model_before(config)
+    fingerprint = before.fingerprint()
+    model = fit_to_task(before, config).to(accelerator.device)
     if model.text is not None and accelerator.is_main_process and (cut := count_cut(model.text, dataset)):
         say(f"{cut} captions are longer than the text encoder reads, and are cut")
     check_prompts(config, model)
@@ -79,19 +82,29 @@ def check_word(text: PromptEncoder, dataset: data.Dataset, word: str) -> None:
     )
 
 
+def unlisted(dataset: data.Dataset) -> str | None:
+    """What to say of images that the metadata of their folder does not list; None where there are none."""
+    source = dataset.source.instances if isinstance(dataset.source, data.Instances) else dataset.source
+    names = sources.unlisted(source)
+    return f"{len(names)} images are not listed in the metadata, and are not used: {some(names)}" if names else None
+
+
 def count_cut(text: PromptEncoder, dataset: data.Dataset) -> int:
     """How many different captions are longer than the text encoder reads."""
     captions = list(dict.fromkeys(caption for captions in dataset.captions for caption in captions))
     return sum(text.tokenize(captions[start : start + AT_ONCE])[1] for start in range(0, len(captions), AT_ONCE))
 
 
-def untrained(config: Config) -> DiffusionModel:
-    """The model as it was before the first step, with what is trained beside it. Raises InputError."""
+def model_before(config: Config) -> DiffusionModel:
+    """The model that a run begins with, float32: `model.pretrained`, or one made for the run. Raises InputError."""
     if config.model.pretrained:
-        model = load_pretrained(config.model)
-    else:
-        model = DiffusionModel.load(Path(config.train.output_dir) / BASE, dtype=torch.float32)
-    return fit_to_task(model, config)
+        return load_pretrained(config.model)
+    return DiffusionModel.load(Path(config.train.output_dir) / BASE, dtype=torch.float32)
+
+
+def untrained(config: Config) -> DiffusionModel:
+    """That model, with what is trained beside it. Raises InputError."""
+    return fit_to_task(model_before(config), config)
 
 
 def with_cache(config: Config) -> DataConfig:
@@ -101,10 +114,12 @@ def with_cache(config: Config) -> DataConfig:
 
 
 def shown(what: str, progress: bool) -> data.Watch:
-    """Shows the progress of something that may take long."""
+    """Shows the progress of something that may take long, and ends it with Stopped once the process is told to stop."""
 
     def watch(items: Iterator[Any], count: int) -> Iterator[Any]:
-        return iter(tqdm(items, what, count, leave=False, disable=not progress, delay=2))
+        for item in tqdm(items, what, count, leave=False, disable=not progress, delay=2):
+            heed()
+            yield item
 
     return watch
 
@@ -131,11 +146,15 @@ def _look(
     if not seen:
         look()
     dataset = seen[0]
+    if config.data.streaming == "pure":
+        dataset.fingerprint = STREAMED
     if dataset.bad and main:
         lines = "".join(json.dumps(bad._asdict()) + "\n" for bad in dataset.bad)
         write_bytes(run / BAD, lines.encode())
     for line in data.describe_bad(dataset.bad, run / BAD):
         say(line)
+    if note := unlisted(dataset):
+        say(note)
     refusal = data.too_many_bad(dataset, config.data)
     if refusal:
         raise InputError(refusal)
