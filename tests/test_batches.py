@@ -43,9 +43,11 @@ def batches(tmp_path: Path, model: DiffusionModel, *overrides: str, **more: Any)
 
 @pytest.fixture
 def wordy(tmp_path: Path) -> Path:
-    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("first, second, third , fourth,, fifth")
-    return tmp_path
+    folder = tmp_path / "wordy"
+    folder.mkdir()
+    Image.new("RGB", (9, 9), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("first, second, third , fourth,, fifth")
+    return folder
 
 
 def test_tags_are_shuffled_behind_those_that_are_kept(wordy: Path, tmp_path: Path) -> None:

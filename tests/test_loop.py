@@ -192,7 +192,7 @@ def test_a_resume_with_something_changed_is_refused_by_name(tmp_path: Path, imag
     train(tiny_config(tmp_path, images, max_train_steps=2), progress=False)
     for override, named in (
         ("--optimizer.learning_rate=0.5", "optimizer.learning_rate: 0.001 -> 0.5"),
-        ("--model.unet.layers_per_block=2", "model.unet"),
+        ("--model.unet.layers_per_block=2", "with model.unet.layers_per_block: 1 -> 2: change it back"),
         ("--objective.weighting=edm", "objective.weighting"),
         ("--train.ema=[]", 'train.ema: ["0.9"] -> []'),
     ):

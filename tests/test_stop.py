@@ -63,7 +63,7 @@ EXTRA = ("--validation.validation_prompts=[red]", "--validation.validation_steps
 @pytest.mark.parametrize(
     "owner, name, call, step",
     [
-        (data, "fit", 3, None),  # the look at the images
+        (data, "_look", 3, None),  # the look at the images
         (checkpoint, "sweep", 1, None),  # before anything is looked at
         (Trainer, "step", 3, 3),
         (Trainer, "save", 1, 3),  # that of step 2: noticed after the step behind it
@@ -109,7 +109,7 @@ def test_a_stop_ends_a_long_look_without_looking_at_the_rest(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = 0
-    plain = data.fit
+    plain = data._look
 
     def slow(*args: Any) -> Any:
         nonlocal looked
@@ -119,7 +119,7 @@ def test_a_stop_ends_a_long_look_without_looking_at_the_rest(
         time.sleep(0.02)
         return plain(*args)
 
-    monkeypatch.setattr(data, "fit", slow)
+    monkeypatch.setattr(data, "_look", slow)
     many = image_folder(tmp_path / "many", 200)
     with pytest.raises(Stopped):
         train(tiny_config(tmp_path, many), progress=False)

@@ -124,7 +124,7 @@ def test_space_is_looked_up_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert names(tmp_path) == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize("call", range(7))
 def test_no_space_at_any_write_leaves_the_old_and_no_debris(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def save(
     final = run / f"checkpoint-{step}"
     partial, replaced = run / f"{HIDDEN}{final.name}", run / f"{REPLACED}{final.name}"
     needed = SPARE_BYTES + sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+    named = False
     try:
         run.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run).free
@@ -77,9 +79,13 @@ def save(
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(final, replaced)
         os.rename(partial, final)
+        named = True
         sync_folder(run)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
+        if named:  # but nobody knows whether the disk has it so
+            with suppress(OSError):
+                os.rename(final, partial)
         shutil.rmtree(partial, ignore_errors=True)
         _bring_back(run)
         if isinstance(error, SaveError):

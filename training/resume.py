@@ -70,4 +70,7 @@ def tell(changes: Sequence[Change]) -> list[str]:
 
 
 def _line(key: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):  # a free mapping: what of it differs
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        return "; ".join(_line(f"{key}.{name}", old.get(name), new.get(name)) for name in names)
     return f"{key}: {show(old)} -> {show(new)}"
