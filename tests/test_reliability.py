@@ -47,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(work: Path) -> Tiny:
     made = common.make_tiny(work / "tiny", steps=STEPS, checkpointing_steps=2)
     file = made.folder / "config.yaml"
-    file.write_text(file.read_text().replace("validation_steps: 20", "validation_steps: 4"))
+    file.write_text(file.read_text().replace("validation_steps: 20", "validation_steps: 6"))
     return made
 
 
@@ -106,8 +106,8 @@ def test_other_micro_batches_after_stops(work: Path, tiny: Tiny, forks: Forks) -
 def test_wrong_resumes(work: Path, forks: Forks) -> None:
     trials, place = Trials("wrong_resumes"), work / "wrong"
     place.mkdir()
-    wrong_resumes.prove(trials, place, forks, n=3)
-    passed(trials, 7)
+    wrong_resumes.prove(trials, place, forks, n=2)
+    passed(trials, 5)
 
 
 @traced
@@ -121,16 +121,16 @@ def test_killed_at_system_calls_of_a_save(work: Path, base: Path, forks: Forks, 
 @traced
 def test_killed_at_system_calls_of_a_run(short: ShortRun) -> None:
     trials = Trials("kill_at_syscalls")
-    assert kill_at_syscalls.go_through_run(trials, short, 3) > 100
-    passed(trials, 3)
+    assert kill_at_syscalls.go_through_run(trials, short, 2) > 100
+    passed(trials, 2)
 
 
 @traced
 def test_disk_full(short: ShortRun) -> None:
     trials = Trials("disk_full")
-    disk_full.injected(trials, short, 3)
-    disk_full.export(trials, short, 3)
-    passed(trials, 6)
+    disk_full.injected(trials, short, 2)
+    disk_full.export(trials, short, 2)
+    passed(trials, 4)
 
 
 @traced

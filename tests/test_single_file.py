@@ -282,7 +282,7 @@ def test_files_of_2022_are_read(tmp_path: Path) -> None:
         ({"prediction_type": "v_prediction"}, {"v_pred"}),
         ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"}),
     ],
-    ids=str,
+    ids=["epsilon", "v", "v of zero SNR"],
 )
 def test_an_xl_model_that_predicts_v_says_so(settings: dict[str, Any], marks: set[str], tmp_path: Path) -> None:
     pipe = xl(scheduler=diffusers.EulerDiscreteScheduler.from_config(euler().config, **settings))

@@ -6,8 +6,9 @@
         run.wait()
 
 A fork runs the module `diffusion_unet` as `python -m diffusion_unet` does, in a process group of its own; what it
-spares is the five seconds in which a new interpreter reads torch. `start_process` starts a whole one instead. Both can
-be killed as hard as any process: they share nothing with the one that started them but pages that nobody writes.
+spares are the seconds in which a new interpreter reads torch, and those in which an old one is taken apart.
+`start_process` starts a whole one instead. Both can be killed as hard as any process: they share nothing with the one
+that started them but pages that nobody writes.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -278,7 +280,17 @@ def become(request: Mapping[str, Any]) -> None:
             gate.read(1)
     sys.path[0] = request["folder"]
     sys.argv = [request["module"], *request["arguments"]]
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    code: Any = 0
+    try:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":
