@@ -148,6 +148,23 @@ def test_no_space_at_any_write_leaves_the_old_and_no_debris(
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_an_old_one_that_cannot_be_removed_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {}, tensors(step), keep=2)
+    rename = os.rename
+
+    def failing(old: Path, new: Path) -> None:
+        if old.name == "checkpoint-1":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(old, new)
+
+    monkeypatch.setattr("os.rename", failing)
+    with pytest.raises(SaveError, match=r"checkpoint-1: could not be removed \(Input/output error\); .*-3 is whole"):
+        checkpoint.save(tmp_path, 3, {}, tensors(3), keep=2)
+    found = checkpoint.load(tmp_path)
+    assert found and found.state["step"] == 3
+
+
 def test_what_a_killed_save_left_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, {}, tensors(1), keep=2)
     shutil.copytree(path, tmp_path / f"{checkpoint.HIDDEN}checkpoint-2")

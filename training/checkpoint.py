@@ -93,9 +93,13 @@ def save(
         raise SaveError(
             f"{final}: could not be saved ({error.strerror or error}); {in_bytes(needed)} are needed"
         ) from error
-    if keep is not None:
-        for old in whole_looking(run)[max(keep, 2) :]:
+    for old in whole_looking(run)[max(keep, 2) :] if keep is not None else []:
+        try:
             _remove(old)
+        except OSError as error:
+            raise SaveError(
+                f"{old}: could not be removed ({error.strerror}); {final} is whole: remove the old one, and go on"
+            ) from error
     return final
 
 
