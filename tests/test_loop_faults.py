@@ -1,6 +1,8 @@
 """What a run refuses, and what it keeps when something fails."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from training import looking, train
 from training.config import ModelConfig
 from training.exporting import export
 from training.loop import Trainer
+from training.preflight import check
 
 
 @pytest.fixture
@@ -112,6 +115,23 @@ def test_another_pretrained_model_is_refused(tmp_path: Path, images: Path) -> No
         train(tuned[1], progress=False)
     with pytest.raises(InputError, match=r"is not the model that the run began with"):
         export(tmp_path / "b/run", tmp_path / "tuned")
+
+
+def test_a_pretrained_model_of_unknown_size_draws_no_previews(tmp_path: Path, images: Path) -> None:
+    """Told before the first step, not at the first preview."""
+    train(tiny_config(tmp_path / "a", images, max_train_steps=1), progress=False)
+    export(tmp_path / "a/run", tmp_path / "model")
+    path = tmp_path / "model/unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}))
+    tuned = tiny_config(tmp_path / "b", images, max_train_steps=1)
+    tuned = dataclasses.replace(tuned, model=ModelConfig(pretrained=str(tmp_path / "model")))
+    prompts = dataclasses.replace(tuned.validation, validation_prompts=("red",))
+    told = r"model\.pretrained: .* no sample_size.* take validation\.validation_prompts out"
+    with pytest.raises(InputError, match=told):
+        train(dataclasses.replace(tuned, validation=prompts), progress=False)
+    report = check(dataclasses.replace(tuned, validation=prompts), progress=False)
+    assert report.would_fail and re.search(told, report.would_fail)
+    train(tuned, progress=False)
 
 
 def test_accumulation_is_set_in_one_place(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
 """What a run writes down: metrics.jsonl, the loss at each noise level, and accelerate's trackers."""
 
+import errno
+import io
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion_unet.errors import InputError, SaveError
-from training.metrics import LevelLosses, Metrics, flatten, load, open_trackers, step_of, tracker_settings
+from training.metrics import LevelLosses, Metrics, flatten, load, open_trackers, tracker_settings
 
 # --- metrics.jsonl
 
@@ -52,6 +55,40 @@ def test_trimming_takes_out_later_steps_and_a_line_cut_short(tmp_path: Path) -> 
     assert len(metrics.path.read_bytes().splitlines()) == 3
 
 
+def test_a_held_out_loss_that_is_measured_again_is_taken_out(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, main=True)
+    for record in ({"step": 1, "loss": 1.0}, {"step": 1, "held_out_loss": {}}, {"step": 2, "loss": 1.0}):
+        metrics.write(record)
+    metrics.write({"step": 2, "held_out_loss": {}})
+    metrics.trim(2, looked=False)
+    assert ["loss" in record for record in load(metrics.path)] == [True, False, True]
+
+
+@pytest.mark.parametrize("taken", [None, 5], ids=["refused", "a part taken"])
+def test_a_line_that_the_disk_refused_once_is_not_written_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int | None
+) -> None:
+    class FullOnce(io.FileIO):
+        """On a disk that is full at the first call, by an error or by taking less, and has room again after it."""
+
+        calls = 0
+
+        def write(self, data: Any) -> int:
+            self.calls += 1
+            if self.calls == 1 and taken is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:taken] if self.calls == 1 else data)
+
+    metrics = Metrics(tmp_path, main=True)
+    monkeypatch.setattr("builtins.open", lambda path, mode, buffering: FullOnce(path, mode.replace("b", "")))
+    with pytest.raises(SaveError, match="No space left"):
+        metrics.write({"step": 1, "loss": 1.0})
+    assert metrics.path.read_bytes() == b'{"ste'[:taken] * (taken is not None)
+    monkeypatch.undo()
+    metrics.trim(0)
+    assert metrics.path.read_bytes() == b""
+
+
 def test_a_line_without_its_end_does_not_swallow_the_next(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, main=True)
     metrics.path.write_text('{"step": 1, "loss": 1.0}')
@@ -61,10 +98,12 @@ def test_a_line_without_its_end_does_not_swallow_the_next(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("line", [b"", b"{", b"[1]", b"3", b'{"loss": 1}', b'{"step": null}', b"[" * 100000, b"\xff"])
-def test_what_is_no_record_is_of_no_step(line: bytes, tmp_path: Path) -> None:
-    assert step_of(line) == float("inf")
-    (tmp_path / "metrics.jsonl").write_bytes(line + b'\n{"step": 7}\n')
-    assert load(tmp_path / "metrics.jsonl") == [{"step": 7}]
+def test_what_is_no_record_is_passed_over(line: bytes, tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, main=True)
+    metrics.path.write_bytes(line + b'\n{"step": 7}\n')
+    assert load(metrics.path) == [{"step": 7}]
+    metrics.trim(7)
+    assert metrics.path.read_bytes() == b'{"step": 7}\n'
 
 
 def test_what_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -173,6 +175,38 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_swept(tmp_path: Path) -
     assert found and found.path == path
     checkpoint.sweep(tmp_path)
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_older_ones_that_a_killed_save_did_not_remove_are_swept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {}, tensors(step), keep=None)
+    checkpoint.sweep(tmp_path)
+    assert len(names(tmp_path)) == 3
+    checkpoint.sweep(tmp_path, keep=1)  # two at least
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_files_that_a_killed_process_was_writing_are_swept(tmp_path: Path) -> None:
+    run, killed = tmp_path / "run", "import os, pathlib, sys; from diffusion_unet import checkpoint; "
+    killed += "os.fsync = lambda *given: os._exit(9); path = pathlib.Path(sys.argv[1]); "
+    for name, call in (("previews/a.png", "write_bytes(path, b'.')"), ("cache/b/0", "write_safetensors(path, {})")):
+        code = f"{killed}checkpoint.{call}"
+        assert subprocess.run([sys.executable, "-c", code, run / name]).returncode == 9
+    (run / "cache/b/.tmpAb12Cd").write_bytes(b"half of what safetensors writes")
+    kept = run / "previews/.tmp-of-mine.png"
+    kept.write_bytes(b".")
+    assert len([*run.rglob(".*")]) == 4
+    checkpoint.sweep(run)
+    assert [*run.rglob(".*")] == [kept]
+
+
+def test_what_cannot_be_swept_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", failing)
+    with pytest.raises(SaveError, match=r"what a killed process left there cannot be removed .*Input/output error"):
+        checkpoint.sweep(tmp_path)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

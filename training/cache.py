@@ -28,6 +28,8 @@ from diffusion_unet.checkpoint import read_json, write_json, write_safetensors
 from diffusion_unet.conditioning import PromptEncoder
 from diffusion_unet.errors import InputError, SaveError, in_bytes
 
+from .checkpoint import unfinished
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_SIZE = 256  # entries
@@ -241,7 +243,7 @@ def _check_room(store: Store, entry_bytes: float) -> None:
 
 def _sweep(path: Path) -> None:
     """Removes what builds that were killed left half written."""
-    for file in path.glob(".*.tmp"):
+    for file in unfinished(path):
         with suppress(OSError):  # another process may just have finished it
             if time.time() - file.stat().st_mtime > ABANDONED:
                 file.unlink()

@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ FORMAT = 2
 STATE, MANIFEST = "state.json", "manifest.json"
 HIDDEN = ".unfinished-"  # also what is on its way out
 REPLACED = ".replaced-"  # a checkpoint that the same step, saved again, is about to replace
+UNFINISHED = (".*.tmp", ".tmp??????")  # names that files have until they are whole: ours, and those of safetensors
 MAX_STATE_BYTES = 64 << 20  # some optimizers keep a number for each parameter
 # Of state.json; the settings in `config` and the entries of `optimizer` are checked by those who take them.
 STATE_FIELDS = {
@@ -93,13 +94,7 @@ def save(
         raise SaveError(
             f"{final}: could not be saved ({error.strerror or error}); {in_bytes(needed)} are needed"
         ) from error
-    for old in whole_looking(run)[max(keep, 2) :] if keep is not None else []:
-        try:
-            _remove(old)
-        except OSError as error:
-            raise SaveError(
-                f"{old}: could not be removed ({error.strerror}); {final} is whole: remove the old one, and go on"
-            ) from error
+    _retain(run, keep)
     return final
 
 
@@ -168,11 +163,37 @@ def whole_looking(run: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def sweep(run: Path) -> None:
-    """Removes what an interrupted save or removal left behind; a checkpoint that was not replaced yet is kept."""
-    _bring_back(run)
-    for path in run.glob(f"{HIDDEN}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def sweep(run: Path, keep: int | None = None) -> None:
+    """Removes what a killed process left in the run folder, and all checkpoints but the newest, as `save` does.
+
+    A checkpoint that was not replaced yet is kept. For the process that alone writes there. Raises SaveError."""
+    try:
+        _bring_back(run)
+        for path in run.glob(f"{HIDDEN}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in unfinished(run):
+            path.unlink()
+        sync_folder(run)  # as a save that was killed would have done before it removed anything
+    except OSError as error:
+        raise SaveError(f"{run}: what a killed process left there cannot be removed ({error})") from error
+    _retain(run, keep)
+
+
+def unfinished(folder: Path) -> Iterator[Path]:
+    """Files below a folder that have not got their names: they are being written, or never will be again."""
+    for pattern in UNFINISHED:
+        yield from (path for path in folder.rglob(pattern) if path.is_file())
+
+
+def _retain(run: Path, keep: int | None) -> None:
+    found = whole_looking(run)
+    for old in found[max(keep, 2) :] if keep is not None else []:
+        try:
+            _remove(old)
+        except OSError as error:
+            raise SaveError(
+                f"{old}: could not be removed ({error.strerror}); {found[0]} is whole: remove the old one, and go on"
+            ) from error
 
 
 def _bring_back(run: Path) -> None:

@@ -17,7 +17,7 @@ from .engine import heeding, resharded, whole
 from .evaluate import CHUNK, measure
 from .network import Network
 from .optimizer import averages_itself, evaluating
-from .start import untrained
+from .start import has_preview, untrained
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -42,7 +42,7 @@ def draw_and_measure(trainer: "Trainer", preview: Preview | None) -> None:
     best = next(iter([*list(weights)[1:], "raw"]))
     weights = {name: partial(resharded, trainer.network, in_place) for name, in_place in weights.items()}
     prompts, count = list(config.validation.validation_prompts), config.validation.num_validation_images
-    if preview is not None and (prompts or (model.text is None and config.model.task == "text-to-image")):
+    if preview is not None and has_preview(config, model):
         trainer.network.eval()
         # A compiled network would be compiled anew for the number of each sampling step.
         as_written = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()

@@ -75,7 +75,7 @@ def train(
 
         def take() -> None:
             stack.enter_context(locked(run))
-            checkpoint.sweep(run)
+            checkpoint.sweep(run, config.train.checkpoints_total_limit)
 
         by_main(accelerator, take)
         found = checkpoint.load(run, say)
@@ -169,7 +169,7 @@ class Trainer:
         """Trains to the end. Errors as of `train`."""
         config = self.config
         batch_size, last = config.train.train_batch_size, config.train.max_train_steps
-        self.metrics.trim(self.steps_done)
+        self.metrics.trim(self.steps_done, looked=not self.look_due)
         bar = tqdm(
             total=last * batch_size,
             initial=self.steps_done * batch_size,

@@ -9,8 +9,10 @@ with `levels` at every LEVELS_EVERY-th step, and under the names of the averages
 A number that is not finite is null, as JSON has no other word for it.
 """
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,20 +41,30 @@ class Metrics:
         """Appends one line; `record` has a "step". Raises SaveError when it cannot be written."""
         if not self.main:
             return
+        line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            # One call: a buffer would be written again at its end, and what had failed would stand there after all.
+            with open(self.path, "ab", buffering=0) as file:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise SaveError(f"{self.path}: cannot be written ({error.strerror}); make room, and go on") from error
         values = flatten({name: value for name, value in record.items() if name != "step"})
         for tracker in self.trackers:
             tracker.log(values, step=record["step"])
 
-    def trim(self, step: int) -> None:
-        """Takes out what was written after `step`, the newest checkpoint's: those steps are done again."""
-        if self.main and self.path.exists():
-            kept = [line for line in self.path.read_bytes().splitlines() if step_of(line) <= step]
-            write_bytes(self.path, b"".join(line + b"\n" for line in kept))
+    def trim(self, step: int, *, looked: bool = True) -> None:
+        """Takes out what was written after `step`, the newest checkpoint's: those steps are done again.
+
+        looked: whether the held-out loss of that step was measured before; otherwise that is done again too."""
+        if not self.main or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_bytes().splitlines():
+            record = _parse(line)
+            if record and (record["step"] < step or (record["step"] == step and (looked or "loss" in record))):
+                kept.append(line + b"\n")
+        write_bytes(self.path, b"".join(kept))
 
     def close(self) -> None:
         """Lets every tracker write what it still holds."""
@@ -67,12 +79,6 @@ def load(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); is this the folder of a run?") from None
     return [record for record in map(_parse, lines) if record]
-
-
-def step_of(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinity for a line that was cut short."""
-    record = _parse(line)
-    return record["step"] if record else math.inf
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -164,11 +164,20 @@ def _look(
 def check_prompts(config: Config, model: DiffusionModel) -> None:
     """Raises InputError for validation prompts that the model cannot take."""
     prompts = list(config.validation.validation_prompts)
-    if model.text is None:
-        if prompts:
-            raise InputError("validation.validation_prompts: the model has no text encoder; take them out")
-        return
-    try:
-        model.text.tokenize(prompts, refuse_long=True)
-    except InputError as error:
-        raise InputError(f"validation.validation_prompts: {error}") from None
+    if model.text is not None:
+        try:
+            model.text.tokenize(prompts, refuse_long=True)
+        except InputError as error:
+            raise InputError(f"validation.validation_prompts: {error}") from None
+    elif prompts:
+        raise InputError("validation.validation_prompts: the model has no text encoder; take them out")
+    if has_preview(config, model) and model.unet.config.sample_size is None:
+        raise InputError(
+            "model.pretrained: the U-Net's config.json states no sample_size, so nobody knows how large to draw a"
+            f" preview: put it there{', or take validation.validation_prompts out' if prompts else ''}"
+        )
+
+
+def has_preview(config: Config, model: DiffusionModel) -> bool:
+    """Whether pictures are drawn on the way: of prompts, or by a model that needs none and no picture either."""
+    return bool(config.validation.validation_prompts) or (model.text is None and config.model.task == "text-to-image")

@@ -27,7 +27,10 @@ from kill_at_syscalls import chosen
 from short_run import ShortRun, kind_of
 from tracing import Call, Trace, refused
 
-ERRORS = {"ENOSPC": ("openat", "write", "fsync", "rename", "renameat", "mkdir", "ftruncate"), "EIO": ("write", "fsync")}
+ERRORS = {
+    "ENOSPC": ("openat", "write", "fsync", "rename", "renameat", "mkdir", "ftruncate"),
+    "EIO": ("write", "fsync", "rename"),
+}
 SAVE_ERROR = 4
 SIZES = 20  # file systems that are too small
 INSIDE = "RELIABILITY_INSIDE"  # set in a process that may mount

@@ -66,10 +66,11 @@ class ShortRun:
 
 def kind_of(call: Call, run: Path) -> str:
     """What a call writes, in a word or two."""
-    path = next(Path(path) for path in call.paths if Path(path).is_relative_to(run)).relative_to(run)
-    first = path.parts[0] if path.parts else ""
-    if first.startswith((".unfinished-old", ".replaced")):
+    paths = [Path(path).relative_to(run) for path in call.paths if Path(path).is_relative_to(run)]
+    if any(str(path).startswith((".unfinished-old", ".replaced")) for path in paths):
         return "removal"
+    path = paths[0]
+    first = path.parts[0] if path.parts else ""
     if first.startswith((".unfinished", "checkpoint-")):
         return "checkpoint"
     if first.startswith((".base", "base")):
