@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import InputError, SaveError, in_bytes
-from .untrusted import is_file_name, read_header
-from .untrusted import read_json as read_json
+from .untrusted import is_file_name, read_header, read_json
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -118,7 +117,10 @@ def _replacing(path: Path, size: int) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        with open(temporary, "wb") as file:
+            yield temporary
+            # safetensors makes a file of its own, which others may not read.
+            temporary.chmod(os.fstat(file.fileno()).st_mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -12,8 +12,6 @@ from .schedule import NoiseSchedule, Scaling, match_shape
 if TYPE_CHECKING:
     from .conditioning import Conditioning
 
-__all__ = ["Denoiser"]
-
 
 @dataclass(frozen=True)
 class Denoiser:

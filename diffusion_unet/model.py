@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import torch
 
-from .checkpoint import load_state, read_json, write_bytes, write_json
+from .checkpoint import load_state, write_bytes, write_json
 from .codec import LatentCodec, PixelCodec
 from .conditioning import PromptEncoder, TextEncoder
 from .denoiser import Denoiser
@@ -29,6 +29,7 @@ from .model_index import INDEX, PARTS, PIPELINES, PIXELS, index_of, read_index, 
 from .prompts import ClassLabels, DualTextEncoder
 from .schedule import NoiseSchedule
 from .unet import UNet
+from .untrusted import read_json
 
 
 @dataclass

@@ -36,8 +36,9 @@ def quickstart(
     `settings` are those of the run, as JSON holds them: the work is done when metrics.json holds the same. A run that
     was stopped goes on where it was."""
     laps = _Laps()
-    from .checkpoint import read_json, write_json
+    from .checkpoint import write_json
     from .images import grid, save_png
+    from .untrusted import read_json
 
     model_folder, samples, metrics = folder / "model", folder / "samples.png", folder / "metrics.json"
     if metrics.exists() and samples.exists() and read_json(metrics).get("settings") == settings:

@@ -242,6 +242,17 @@ def test_a_failure_leaves_the_old_model(
     assert DiffusionModel.load(copy).fingerprint() == pixels.fingerprint()
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_are_for_those_whom_the_umask_lets_in(pixels: DiffusionModel, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        pixels.save(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~mask}
+
+
 def test_what_a_killed_process_left_is_cleared_away(pixels: DiffusionModel, copy: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from diffusion_unet.checkpoint import read_json, read_safetensors, write_json, write_safetensors
+from diffusion_unet.checkpoint import read_safetensors, write_json, write_safetensors
 from diffusion_unet.errors import InputError
+from diffusion_unet.untrusted import read_json
 from training.config import Config, OptimizerConfig, TrainConfig
 from training.optimizer import (
     averages_itself,

@@ -24,9 +24,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffusion_unet.checkpoint import read_json, write_json, write_safetensors
+from diffusion_unet.checkpoint import write_json, write_safetensors
 from diffusion_unet.conditioning import PromptEncoder
 from diffusion_unet.errors import InputError, SaveError, in_bytes
+from diffusion_unet.untrusted import read_json
 
 from .checkpoint import unfinished
 

@@ -21,10 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion_unet.checkpoint import read_json, read_safetensors, write_json, write_safetensors
+from diffusion_unet.checkpoint import read_safetensors, write_json, write_safetensors
 from diffusion_unet.errors import InputError, SaveError, in_bytes
 from diffusion_unet.model import sync_folder
-from diffusion_unet.untrusted import Field, checked, is_file_name
+from diffusion_unet.untrusted import Field, checked, is_file_name, read_json
 
 FORMAT = 2
 STATE, MANIFEST = "state.json", "manifest.json"

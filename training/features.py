@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion_unet.checkpoint import load_state, read_json, read_weights
+from diffusion_unet.checkpoint import load_state, read_weights
 from diffusion_unet.clip import TEXT_FIELDS, load_tokenizer
 from diffusion_unet.conditioning import TextEncoder
 from diffusion_unet.errors import InputError
-from diffusion_unet.untrusted import Field, checked, shorten
+from diffusion_unet.untrusted import Field, checked, read_json, shorten
 
 from . import fashion
 from .imports import load_object

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion_unet.checkpoint import read_json, write_bytes
+from diffusion_unet.checkpoint import write_bytes
 from diffusion_unet.errors import InputError
+from diffusion_unet.untrusted import read_json
 
 from .metrics import METRICS, load
 
