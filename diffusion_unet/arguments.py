@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import InputError
+from .solver_names import solver_named
 
 MAX_SEED = 2**64 - 1
 MAX_SEEDS = 100_000
@@ -87,6 +88,37 @@ def size(text: str) -> tuple[int, int]:
     if not match or not all(1 <= int(side) <= MAX_SIDE for side in match.groups()):
         raise argparse.ArgumentTypeError(f"{text!r} is no WIDTHxHEIGHT in pixels such as 512x768 (at most {MAX_SIDE})")
     return int(match[2]), int(match[1])
+
+
+def interval(text: str) -> tuple[float | None, float | None]:
+    """LOW:HIGH, two noise levels of at least 0, the lower first; either may be left out, and then is None."""
+    low, colon, high = text.partition(":")
+    sides = finite(low) if low else None, finite(high) if high else None
+    if not colon or not 0 <= (sides[0] or 0) < (math.inf if sides[1] is None else sides[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no LOW:HIGH of noise levels such as 0.28:5.42, :5.42 or 0.28:")
+    return sides
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between them."""
+    return [finite(part) for part in text.split(",")]
+
+
+def solver(text: str) -> str:
+    """A name of a solver, as it is given."""
+    try:
+        solver_named(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def one_seed(text: str) -> int:
+    """A whole number, 0 to 2**64 - 1."""
+    first, *more = seeds(text)
+    if more:
+        raise argparse.ArgumentTypeError(f"{text!r} names several seeds")
+    return first
 
 
 def whole(text: str) -> int:

@@ -14,6 +14,13 @@ KeysValues = tuple[Tensor, Tensor]
 Context = Tensor | tuple[KeysValues, ...]
 
 
+def repeated(x: Tensor, like: Tensor) -> Tensor:
+    """x [B, ...], once for each of the n texts of B rows each that it is shown with: [n * B, ...], as `like` has.
+
+    Up to the first attention to the text, all that a network makes of an image is the same whatever the text says."""
+    return x if len(x) == len(like) else x.repeat(len(like) // len(x), *[1] * (x.ndim - 1))
+
+
 class Attention(nn.Module):
     """Scaled dot-product attention (Vaswani et al. 2017) of x [B, N, C] to itself or to a context [B, L, D]."""
 
@@ -32,13 +39,10 @@ class Attention(nn.Module):
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def forward(self, x: Tensor, context: Context | None = None, bias: Tensor | None = None) -> Tensor:
-        """`bias` [B, 1, 1, L] is added to the scores; returns [B, N, C]."""
+        """`bias` [B, 1, 1, L] is added to the scores; returns [B, N, C], or with a context of n * B rows as many."""
         q = self._split(self.to_q(x))
-        if isinstance(context, tuple):
-            k, v = context[self.slot]
-        else:
-            k, v = self.keys_values(x if context is None else context)
-        return self.to_out[0](rearrange(self.attend(q, k, v, bias), "b h n d -> b n (h d)"))
+        k, v = context[self.slot] if isinstance(context, tuple) else self.keys_values(x if context is None else context)
+        return self.to_out[0](rearrange(self.attend(repeated(q, k), k, v, bias), "b h n d -> b n (h d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """softmax(q k^T / sqrt(d) + bias) v, each [B, h, tokens, d]: what other kernels may replace."""
@@ -89,9 +93,11 @@ class BasicTransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Context | None = None, bias: Tensor | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
+        h = self.attn1(self.norm1(x), context if self.only_cross_attention else None)
+        x = repeated(x, h) + h
         if self.norm2 is not None and self.attn2 is not None:
-            x = x + self.attn2(self.norm2(x), context, bias)
+            h = self.attn2(self.norm2(x), context, bias)
+            x = repeated(x, h) + h
         return x + self.ff(self.norm3(x))
 
 
@@ -114,7 +120,7 @@ class Transformer2DModel(nn.Module):
         h = self.enter(x)
         for block in self.transformer_blocks:
             h = block(h, context, bias)
-        return x + self.leave(h, height=x.shape[2])
+        return repeated(x, h) + self.leave(h, height=x.shape[2])
 
     def enter(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> tokens [B, N, C], normalised and projected; a channels_last image is not copied."""

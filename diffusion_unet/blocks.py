@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attention import Context, Transformer2DModel
+from .attention import Context, Transformer2DModel, repeated
 from .config import Level, UNetConfig
 from .layers import Downsample2D, Embedding, ResnetBlock2D, Upsample2D
 
@@ -101,7 +101,7 @@ class UpBlock2D(nn.Module):
     ) -> Tensor:
         """`skips`: as many as residual blocks, the last joins first; `size`: of the level that comes next."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            x = resnet(torch.cat([x, skip], dim=1), emb)
+            x = resnet(torch.cat([x, repeated(skip, x)], dim=1), emb)
             if self.attentions:
                 x = self.attentions[i](x, context, bias)
         for upsample in self.upsamplers:

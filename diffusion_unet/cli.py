@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffusion_unet import __version__, options, sibling
+from diffusion_unet import __version__, drawing, options, sibling
 from diffusion_unet.arguments import Parser, command, nobody_reads, plain, quote, split_overrides, suggest, tell
+from diffusion_unet.drawing import draw, load, settings_of
 from diffusion_unet.errors import Failure, InputError, SaveError
 from diffusion_unet.options import CONFIGS, find_config
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from diffusion_unet.model import DiffusionModel
     from training.config import Config
 
@@ -74,8 +73,8 @@ def _quickstart(arguments: argparse.Namespace) -> None:
         to_dict(config),
         train=lambda: _train_with_previews(config),
         export=_export_run,
-        load=_load,
-        draw=_draw,
+        load=load,
+        draw=draw,
         score=_score,
     )
 
@@ -122,42 +121,13 @@ def _plot(arguments: argparse.Namespace) -> None:
     print(f"Plot: {plot(Path(arguments.run_folder), arguments.out and Path(arguments.out))}")
 
 
-def _sample(arguments: argparse.Namespace) -> None:
-    from diffusion_unet.images import first_free, grid, save_png
-
-    settings = _drawing_settings(arguments)
-    model = _load(arguments.model, arguments.device)
-    common = {**settings, "model": arguments.model, "model_hash": model.fingerprint(), "version": __version__}
-    del common["batch_size"]  # the pictures do not depend on it
-    folder, prompts = Path(arguments.out), arguments.prompts or [""]
-    first = first_free(folder)
-    cells = [(number, prompt, seed) for number, prompt in enumerate(prompts, first) for seed in arguments.seeds]
-    kept = 0
-
-    def keep(image: "Image") -> None:
-        nonlocal kept
-        number, prompt, seed = cells[kept]
-        save_png(folder / f"{number:05d}-{seed}.png", image, {"prompt": prompt, "seed": seed, **common})
-        kept += 1
-
-    try:
-        images = _draw(model, arguments.prompts, arguments.seeds, finished=keep, **settings)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted: {kept} of {len(cells)} pictures are kept in {folder}") from None
-    sheet = folder / "grid.png"
-    if sheet.exists():  # of an earlier call
-        sheet = folder / f"grid-{first:05d}.png"
-    save_png(sheet, grid(images, prompts, len(arguments.seeds)))
-    print(f"Pictures: {len(images)} in {folder}, all together in {sheet}")
-
-
 def _evaluate(arguments: argparse.Namespace) -> None:
-    settings = _drawing_settings(arguments)
+    settings = settings_of(arguments)
     if arguments.prompts is None:
         for name in ("references", "features", "clip", "classifier"):
             if getattr(arguments, name) is not None:
                 raise InputError(f"--{name}: needs --prompts, a file with what is to be drawn")
-        model = _load(arguments.model, arguments.device)
+        model = load(arguments.model, arguments.device)
         scores = _score(model, arguments.images_per_class, **settings)
     else:
         scores = _score_prompts(arguments, **settings)
@@ -178,42 +148,6 @@ def _info(arguments: argparse.Namespace) -> None:
 # --- what the verbs take from both siblings
 
 
-def _drawing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("steps", "guidance_scale", "solver", "negative_prompt", "size", "batch_size")
-    return {name: getattr(arguments, name) for name in names}
-
-
-def _load(folder: str | Path, device: str | None = None) -> "DiffusionModel":
-    import torch
-
-    from diffusion_unet.model import DiffusionModel
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        there = not torch.empty(1, device=device).is_meta
-    except (RuntimeError, AssertionError, ImportError):  # which it is depends on how torch was built
-        there = False
-    if not there:
-        raise InputError(f"--device: {device} is not to be had here: leave it out, or give cpu")
-    return DiffusionModel.load(folder, device=device)
-
-
-def _draw(model: "DiffusionModel", prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list["Image"]:
-    sibling("sampling")
-    from tqdm import tqdm
-
-    from sampling import sample
-
-    with tqdm(desc="drawing", unit="step", leave=False, disable=None) as bar:  # None: shown on a terminal only
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return sample(model, prompts or None, seeds=seeds, progress=progress, **settings)
-
-
 def _train_with_previews(config: "Config", allow_change: Sequence[str] = ()) -> Path:
     sibling("training")
     from training import train
@@ -227,7 +161,7 @@ def _train_with_previews(config: "Config", allow_change: Sequence[str] = ()) -> 
     }
     return train(
         config,
-        preview=lambda model, prompts, seeds: _draw(model, prompts, seeds, **settings),
+        preview=lambda model, prompts, seeds: draw(model, prompts, seeds, **settings),
         allow_change=allow_change,
     )
 
@@ -251,7 +185,7 @@ def _score(model: "DiffusionModel", images_per_class: int, **settings: Any) -> d
     sibling("training")
     from training.evaluate import score_fashion
 
-    scores = score_fashion(partial(_draw, model, paired=True, **settings), images_per_class)
+    scores = score_fashion(partial(draw, model, paired=True, **settings), images_per_class)
     return {**scores, **{name: value for name, value in settings.items() if name != "batch_size"}}
 
 
@@ -268,12 +202,12 @@ def _score_prompts(arguments: argparse.Namespace, **settings: Any) -> dict[str, 
         raise InputError("--features: needs --references, a folder of pictures to compare with")
     if not (features or clip or classifier):
         raise InputError("--prompts: needs a score: give --features and --references, --clip or --classifier")
-    model = _load(arguments.model, arguments.device)
+    model = load(arguments.model, arguments.device)
     references = reference_images(arguments.references, model) if arguments.references else ()
     count = arguments.images or len(prompts)
     rows = [row % len(prompts) for row in range(count)]
     scores = score(
-        partial(_draw, model, paired=True, **settings),
+        partial(draw, model, paired=True, **settings),
         [prompts[row] for row in rows],
         list(range(count)),
         references,
@@ -368,12 +302,21 @@ VERBS = {
   diffusion-unet plot runs/quickstart""",
     ),
     "sample": _Verb(
-        "draw pictures from prompts",
-        _sample,
+        "draw pictures from prompts, and from pictures",
+        drawing.sample,
         options.sample,
         """examples:
   diffusion-unet sample runs/quickstart/model "a photo of a sneaker" --seeds 0-7 --out out
-  diffusion-unet sample runs/quickstart/model "a bag" "a coat" --steps 40 --guidance-scale 2 --solver ddim""",
+  diffusion-unet sample runs/quickstart/model "a bag" "a coat" --steps 40 --guidance-scale 2 --solver ddim
+  diffusion-unet sample runs/quickstart/model "a coat" --image out/00000-0.png --strength 0.6""",
+    ),
+    "replay": _Verb(
+        "draw a picture again from the record in its file, and say how far off it is",
+        drawing.replay,
+        options.replay,
+        """examples:
+  diffusion-unet replay out/00000-0.png
+  diffusion-unet replay 00000-0.png --model models/mine --out again.png""",
     ),
     "evaluate": _Verb(
         "scores of a model's pictures as JSON: prompt accuracy, KID, FID, CLIP score",

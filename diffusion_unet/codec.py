@@ -4,7 +4,7 @@ Shapes: B batch, C picture channels, H W picture, c h w latents. Pictures are ui
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,25 +97,28 @@ class LatentCodec:
             self._scale = scale
             self._shift = torch.tensor(float(getattr(config, "shift_factor", None) or 0.0))
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor | None = None, tile: int | None = None) -> Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, c, h, w], H = h * scale_factor: `moments`, then `sample`."""
-        return self.sample(self.moments(images), noise)
+        return self.sample(self.moments(images, tile), noise)
 
     @torch.no_grad()
-    def moments(self, images: Tensor) -> Tensor:
+    def moments(self, images: Tensor, tile: int | None = None) -> Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, 2c, h, w], H = h * scale_factor: mean and log-variance of the latents.
 
         Both in the autoencoder's own scale; the log-variance is kept within [-30, 20]. They do not depend on noise, and
-        may be computed once and kept. Raises InputError for pictures of another type or size.
+        may be computed once and kept. tile: as of `decode`. Raises InputError for pictures of another type or size.
         """
         _check_images(images, self.channels)
         if any(side % self.scale_factor for side in images.shape[1:3]):
             height, width = images.shape[1:3]
             raise InputError(f"pictures of {width}x{height}: the autoencoder needs multiples of {self.scale_factor}")
         x = images.movedim(-1, 1).to(self.vae.device, torch.float32) / 127.5 - 1
-        normals = [self.vae.encode(part).latent_dist for part in _apart(x.to(self.vae.dtype))]
-        rows = [torch.cat([normal.mean, normal.logvar], dim=1) for normal in normals]
-        return torch.cat(rows).float()  # [B, 2c, h, w]
+
+        def read(part: Tensor) -> Tensor:
+            normal = self.vae.encode(part).latent_dist
+            return torch.cat([normal.mean, normal.logvar], dim=1)
+
+        return self._in_parts(read, x.to(self.vae.dtype), tile, taken=self.scale_factor)  # [B, 2c, h, w]
 
     @torch.no_grad()
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -131,11 +134,29 @@ class LatentCodec:
         return (z - self._shift.to(z)) * self._scale.to(z)
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
-        """[B, c, h, w] -> uint8 [B, H, W, 3], clamped and rounded to nearest. Raises NonFiniteError."""
+    def decode(self, x: Tensor, tile: int | None = None) -> Tensor:
+        """[B, c, h, w] -> uint8 [B, H, W, 3], clamped and rounded to nearest. Raises NonFiniteError.
+
+        tile: None runs the autoencoder on whole pictures. A side in pixels, a multiple of 4 * scale_factor, bounds the
+        memory that it takes: pictures go through it one at a time, and larger ones in squares of that side, which share
+        a quarter of it with their neighbours and are blended there. Each square is normalised by what it holds itself,
+        so such a picture is a little another one; one of at most a square is the same. Raises InputError for others.
+        """
         z = x.to(self.vae.device, torch.float32)
-        z = z / self._scale.to(z) + self._shift.to(z)
-        return _to_bytes(torch.cat([self.vae.decode(part).sample for part in _apart(z.to(self.vae.dtype))]).float())
+        z = (z / self._scale.to(z) + self._shift.to(z)).to(self.vae.dtype)
+        return _to_bytes(self._in_parts(lambda part: self.vae.decode(part).sample, z, tile, made=self.scale_factor))
+
+    def _in_parts(
+        self, network: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, taken: int = 1, made: int = 1
+    ) -> Tensor:
+        """network(x), float32. taken, made: places a side that x and the answer have for each latent."""
+        if tile is None:
+            return torch.cat([network(part) for part in _apart(x)]).float()
+        unit = 4 * self.scale_factor
+        if isinstance(tile, bool) or not isinstance(tile, int) or tile < unit or tile % unit:
+            raise InputError(f"tile is {tile!r}: a multiple of {unit} pixels is needed")
+        side = tile // self.scale_factor
+        return torch.cat([_in_tiles(network, part, side, taken, made) for part in x.split(1)])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LatentCodec":
         """Moves the autoencoder, and returns itself."""
@@ -164,6 +185,37 @@ class LatentCodec:
 def _apart(x: Tensor) -> Sequence[Tensor]:
     """On a CPU one picture at a time, which stays in its caches; elsewhere all at once."""
     return x.split(1) if x.device.type == "cpu" else (x,)
+
+
+def _in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, side: int, taken: int, made: int) -> Tensor:
+    """network(x [1, C, H, W]), float32, from squares of `side` latents; taken, made: see `LatentCodec._in_parts`."""
+    h, w = x.shape[-2] // taken, x.shape[-1] // taken
+    if max(h, w) <= side:
+        return network(x).float()
+    share = side // 4
+    whole = x.new_zeros(0)
+    for top in range(0, max(1, h - share), side - share):
+        for left in range(0, max(1, w - share), side - share):
+            rows, columns = (slice(start * taken, (start + side) * taken) for start in (top, left))
+            part = network(x[..., rows, columns]).float()
+            if not whole.numel():
+                whole = part.new_zeros(*part.shape[:2], h * made, w * made)
+            tall, wide = part.shape[-2:]
+            weights = _ramps(tall, top > 0, top + side < h, share * made).outer(
+                _ramps(wide, left > 0, left + side < w, share * made)
+            )
+            whole[..., top * made : top * made + tall, left * made : left * made + wide] += weights.to(part) * part
+    return whole
+
+
+def _ramps(length: int, rises: bool, falls: bool, share: int) -> Tensor:
+    """[length]: 1, but for `share` places at a side with a neighbour, where its weight and this one's add up to 1."""
+    weights, ramp = torch.ones(length), torch.arange(share) / share
+    if rises:
+        weights[:share] = ramp
+    if falls:
+        weights[-share:] = 1 - ramp
+    return weights
 
 
 def load_vae(folder: Path, variant: str | None) -> Any:

@@ -8,6 +8,7 @@ The text encoder is CLIP's text transformer (Radford et al. 2021, section 2.4) o
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -22,6 +23,7 @@ from .errors import InputError
 from .untrusted import shorten
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_CHUNKS = 32  # of one prompt: 2,400 tokens of CLIP's
 ALPHABET = 256  # bytes; each is a token once inside a word and once ending it
 
 
@@ -48,6 +50,10 @@ class Conditioning:
         return {
             field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
         }
+
+    def given(self) -> set[str]:
+        """The names of what is not None."""
+        return {*self._present()}
 
     def __len__(self) -> int:
         """B; 0 when nothing is given."""
@@ -77,6 +83,18 @@ class Conditioning:
             )
         return Conditioning(**{name: torch.cat([values[name] for values in present]) for name in present[0]})
 
+    def end_to_end(self, chunks: int) -> "Conditioning":
+        """Each `chunks` rows as one: `context` and `mask` laid end to end, of all else what the first of them holds."""
+        long = {"context", "mask"}  # [B * chunks, L, ...] -> [B, chunks * L, ...]
+        return Conditioning(
+            **{
+                name: value.unflatten(0, (len(value) // chunks, chunks)).flatten(1, 2)
+                if name in long
+                else value[::chunks]
+                for name, value in self._present().items()
+            }
+        )
+
 
 def size_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """[6] float32: what SDXL is told of a picture's size, a row of `Conditioning.time_ids`.
@@ -92,7 +110,9 @@ class PromptEncoder(nn.Module, ABC):
     of classes (prompts.ClassLabels).
 
     width: the D of its context, None where it gives none; pooled_width: the P of its pooled text, None likewise;
-    max_length: tokens of a prompt. `encode([""])` is the null condition, that which guidance leads away from.
+    max_length: tokens that are read at once, two of them its begin and end. A longer prompt can be read in chunks of
+    max_length - 2 tokens, framed and encoded each by itself, as A1111 and ComfyUI do it; where a chunk ends, no heed is
+    paid to words. `encode([""])` is the null condition, that which guidance leads away from.
     """
 
     width: int | None = None
@@ -105,20 +125,28 @@ class PromptEncoder(nn.Module, ABC):
         return {}
 
     @abstractmethod
-    def tokenize(self, captions: Sequence[str], *, refuse_long: bool = False) -> tuple[Tensor, int]:
-        """ids [B, ...] (int64) of `captions`, for `forward`, and how many captions were cut to fit.
+    def tokenize(self, captions: Sequence[str], *, chunks: int = 1, refuse_long: bool = False) -> tuple[Tensor, int]:
+        """ids [B * chunks, ...] (int64) of `captions`, for `forward`, and how many captions were cut to fit.
 
-        Raises InputError for a caption that does not fit, where `refuse_long`.
+        A caption that needs fewer chunks is followed by those of the empty one. Raises InputError for a caption that
+        does not fit, where `refuse_long`.
         """
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of `prompts`, one row each; `encode([""])` is the null condition of guidance.
+    @abstractmethod
+    def chunks(self, *prompts: str) -> int:
+        """How many chunks the longest of `prompts` takes: of a prompt and its negative prompt, what both are read in.
 
-        Raises InputError for a prompt that is longer than the encoder reads.
+        Raises InputError for over MAX_CHUNKS, or for what is no prompt of this encoder's.
         """
-        ids, _ = self.tokenize(prompts, refuse_long=True)
+
+    def encode(self, prompts: Sequence[str], *, chunks: int = 1) -> Conditioning:
+        """The conditioning of `prompts`, one row each, its context `chunks` * L long; pooled is the first chunk's.
+
+        Raises InputError for a prompt that takes more chunks.
+        """
+        ids, _ = self.tokenize(prompts, chunks=chunks, refuse_long=True)
         conditioning: Conditioning = self(ids)
-        return conditioning
+        return conditioning.end_to_end(chunks)
 
     @abstractmethod
     def vocabulary(self) -> bytes:
@@ -153,33 +181,47 @@ class TextEncoder(PromptEncoder):
                 " take both from the same model"
             )
         self.max_length: int = min(tokenizer.model_max_length, config.max_position_embeddings)
+        if self.max_length < 3:
+            raise InputError(f"the text encoder reads {self.max_length} tokens: no word fits between begin and end")
         self.width = config.hidden_size
 
     @property
     def encoders(self) -> "dict[str, TextEncoder]":
         return {"text_encoder": self}
 
-    def tokenize(self, captions: Sequence[str], *, refuse_long: bool = False) -> tuple[Tensor, int]:
-        """Token ids [B, L] (int64), padded to the L the encoder reads, and how many captions were cut to fit.
-
-        Raises InputError for a caption that does not fit, where `refuse_long`.
-        """
+    def tokenize(self, captions: Sequence[str], *, chunks: int = 1, refuse_long: bool = False) -> tuple[Tensor, int]:
+        """Token ids [B * chunks, L] (int64), padded to the L the encoder reads; otherwise as `PromptEncoder`."""
         captions = [captions] if isinstance(captions, str) else list(captions)
-        texts = [caption.encode("utf-8", "replace").decode() for caption in captions]  # a lone surrogate has no bytes
-        rows = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        ids = torch.full((len(rows), self.max_length), self.tokenizer.pad_token_id, dtype=torch.int64)
-        cut = 0
-        for i, row in enumerate(rows):
-            if len(row) > self.max_length:
+        ids = torch.full((len(captions) * chunks, self.max_length), self.tokenizer.pad_token_id, dtype=torch.int64)
+        size, cut = self.max_length - 2, 0
+        for i, (begin, *words, end) in enumerate(self._rows(captions)):
+            if len(words) > chunks * size:
                 if refuse_long:
                     raise InputError(
-                        f"the prompt {shorten(captions[i])} takes {len(row)} tokens, the text encoder reads"
-                        f" {self.max_length}: shorten it"
+                        f"the prompt {shorten(captions[i])} takes {len(words) + 2} tokens, the text encoder reads"
+                        f" {chunks * size + 2}: shorten it"
                     )
                 cut += 1
-                row = [*row[: self.max_length - 1], row[-1]]
-            ids[i, : len(row)] = torch.tensor(row)
+            for k in range(chunks):
+                chunk = [begin, *words[k * size : (k + 1) * size], end]
+                ids[i * chunks + k, : len(chunk)] = torch.tensor(chunk)
         return ids, cut
+
+    def chunks(self, *prompts: str) -> int:
+        size, most = self.max_length - 2, 1
+        for prompt, row in zip(prompts, self._rows(prompts), strict=True):
+            if len(row) - 2 > MAX_CHUNKS * size:
+                raise InputError(
+                    f"the prompt {shorten(prompt)} takes {len(row)} tokens: at most {MAX_CHUNKS * size + 2} are read,"
+                    f" in {MAX_CHUNKS} chunks; shorten it"
+                )
+            most = max(most, math.ceil((len(row) - 2) / size))
+        return most
+
+    def _rows(self, captions: Sequence[str]) -> list[list[int]]:
+        """All tokens of each, between one that begins and one that ends it."""
+        texts = [caption.encode("utf-8", "replace").decode() for caption in captions]  # a lone surrogate has no bytes
+        return self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
     def forward(self, ids: Tensor) -> Conditioning:
         """ids [B, L] -> the last hidden state [B, L, D] as context.

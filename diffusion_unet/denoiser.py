@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .attention import repeated
 from .schedule import NoiseSchedule, Scaling, match_shape
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ class Denoiser:
         """Expected x0 given x = x0 + sigma * noise.
 
         x [B, C, H, W], any float dtype; sigma a number, or [B]; the answer has x's shape and dtype. `cache` is what
-        `precompute` returned for this very conditioning, and then sigma is a number out of those it was given.
+        `precompute` returned for this very conditioning, and then sigma is a number out of those it was given; with it
+        the answer may have n * B rows, see `UNet.forward`.
         """
         scaling = self.schedule.scaling(sigma)
         output = self._run(x, scaling, conditioning, cache)
-        return match_shape(scaling.c_skip, x) * x + match_shape(scaling.c_out, x) * output
+        return match_shape(scaling.c_skip, x) * repeated(x, output) + match_shape(scaling.c_out, x) * output
 
     def predict(self, x: Tensor, sigma: Tensor | float, conditioning: "Conditioning | None" = None) -> Tensor:
         """The network's own output in x's dtype, to hold against `NoiseSchedule.target`; arguments as `__call__`."""
@@ -40,14 +42,13 @@ class Denoiser:
         timestep: Tensor | float = scaling.c_noise.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
         if scaling.c_noise.ndim == 0:  # a plain number is the key under which a cache holds its time embedding
             timestep = float(scaling.c_noise)
-        network_dtype = next(self.unet.parameters(), x).dtype
         context, inputs = _inputs(conditioning)
         inputs |= {} if cache is None else {"cache": cache}
-        scaled = (match_shape(scaling.c_in, x) * x).to(network_dtype)
+        scaled = (match_shape(scaling.c_in, x) * x).to(next(self.unet.parameters(), x).dtype)
         if conditioning is not None:
             inputs["context_mask"] = conditioning.mask
             if conditioning.extra is not None:
-                scaled = torch.cat([scaled, conditioning.extra.to(network_dtype)], dim=1)
+                scaled = torch.cat([scaled, conditioning.extra.to(scaled.dtype)], dim=1)
         return self.unet(scaled, timestep, context, **inputs).to(x.dtype)
 
     def precompute(self, sigmas: Sequence[float], conditioning: "Conditioning | None" = None) -> Any:

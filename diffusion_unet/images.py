@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from .errors import InputError
+from .solver_names import a1111_sampler
 
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ _UPRIGHT = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 WHITE_IS_ZERO = 0  # TIFF 6.0, PhotometricInterpretation
-_A1111_SAMPLERS = {"ddim": "DDIM", "dpm++2m": "DPM++ 2M"}
+_A1111_SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta", "simple": "Simple"}
+_A1111_RNGS = {"torch": "CPU", "nv": "NV"}
 
 
 def open_image(
@@ -86,6 +88,23 @@ def _guarded(name: str, work: Callable[[], T]) -> T:
         raise InputError(f"{name} cannot be used: {reason[:200]}") from error
 
 
+def open_png(path: Path) -> tuple[Image.Image, dict[str, str]]:
+    """A PNG as it is stored, nothing of it converted, and its texts. Raises InputError, naming the file."""
+    with _opened(path, str(path)) as file:
+        return _guarded(str(path), lambda: _png(file))
+
+
+def _png(file: BinaryIO) -> tuple[Image.Image, dict[str, str]]:
+    try:
+        image = Image.open(file, formats=["PNG"])
+    except UnidentifiedImageError:
+        raise ValueError("no PNG file, and other pictures carry no record") from None
+    with image:
+        _check_header(image)
+        image.load()
+        return image.copy(), dict(image.text)  # type: ignore[attr-defined]
+
+
 def to_array(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     """The picture resized to cover `size` (Lanczos, antialiased), and what sticks out cropped away on both sides.
 
@@ -115,12 +134,16 @@ def to_image(array: Any) -> Image.Image:
 def save_png(path: Path | str, image: Image.Image | np.ndarray, record: Mapping[str, Any] | None = None) -> None:
     """Writes a PNG whole or not at all, its record as JSON text under RECORD and as A1111's `parameters`.
 
-    record: how the picture was drawn, anything JSON holds; `prompt, negative_prompt, steps, solver, guidance_scale,
-    seed, model_hash, model` are spelled out in `parameters`. Raises SaveError.
+    record: how the picture was drawn, anything JSON holds, see `parameters` for what is spelled out there; None takes
+    both texts from `image.info`, where a picture that was drawn has them. Raises SaveError.
     """
     picture = image if isinstance(image, Image.Image) else to_image(image)
     info = PngImagePlugin.PngInfo()
-    if record is not None:
+    if record is None:
+        for key in (RECORD, "parameters"):
+            if isinstance(picture.info.get(key), str):
+                info.add_text(key, picture.info[key])
+    else:
         info.add_text(RECORD, json.dumps(record, allow_nan=False))
         if "prompt" in record:
             info.add_text("parameters", parameters(record, picture.size))
@@ -139,22 +162,35 @@ def first_free(folder: Path) -> int:
 
 def parameters(record: Mapping[str, Any], size: tuple[int, int]) -> str:
     """The record of a picture of `size` (W, H) in the words of A1111's web interface, which other programs read too."""
-    solver = record.get("solver")
+    solver, varied = record.get("solver"), record.get("variation_strength")
+    drawn_by = (record.get("versions") or {}).get("diffusion_unet")
     values = {
         "Steps": record.get("steps"),
-        "Sampler": _A1111_SAMPLERS.get(str(solver), solver),
+        "Sampler": solver and a1111_sampler(str(solver)),
+        "Schedule type": _A1111_SCHEDULES.get(str(record.get("spacing"))),
         "CFG scale": record.get("guidance_scale"),
         "Seed": record.get("seed"),
         "Size": f"{size[0]}x{size[1]}",
         "Model hash": record.get("model_hash") and str(record["model_hash"])[:10],
         "Model": record.get("model"),
+        "Variation seed": record.get("variation_seed") if varied else None,
+        "Variation seed strength": varied or None,
+        "Denoising strength": record.get("strength"),
+        "RNG": _A1111_RNGS.get(str(record.get("rng"))),
+        "Version": drawn_by and f"diffusion-unet {drawn_by}",
     }
     lines = [str(record["prompt"])]
     if record.get("negative_prompt"):
         lines.append(f"Negative prompt: {record['negative_prompt']}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in values.items() if value is not None))
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in values.items() if value is not None))
     text = "\n".join(lines).replace("\0", " ")
     return text.encode("utf-8", "replace").decode()
+
+
+def _quoted(value: Any) -> str:
+    """A value as A1111 tells it from those beside it."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(letter in text for letter in ",:\n") else text
 
 
 def grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int, scale: int | None = None) -> Image.Image:

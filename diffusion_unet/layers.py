@@ -73,8 +73,7 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, emb: Embedding) -> Tensor:
         """`emb` has passed its SiLU already, which all blocks share."""
-        time = emb[self.slot] if isinstance(emb, tuple) else self.time_emb_proj(emb)
-        time = time[:, :, None, None]  # [B, C or 2C, 1, 1]
+        time = (emb[self.slot] if isinstance(emb, tuple) else self.time_emb_proj(emb))[:, :, None, None]  # 1 or B rows
         h = self.conv1(F.silu(self.norm1(x)))
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)

@@ -2,11 +2,24 @@
 
 from pathlib import Path
 
-from diffusion_unet.arguments import Parser, finite, seeds, size, steps, suggest, whole
+from diffusion_unet.arguments import (
+    Parser,
+    finite,
+    interval,
+    numbers,
+    one_seed,
+    seeds,
+    size,
+    solver,
+    steps,
+    suggest,
+    whole,
+)
 from diffusion_unet.errors import InputError
+from diffusion_unet.solver_names import NAMES, SPACINGS
 
+RNGS = ("philox", "torch", "nv")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SOLVERS = ("dpm++2m", "ddim")
 
 
 def find_config(name: str) -> Path:
@@ -23,7 +36,22 @@ def drawing(parser: Parser) -> None:
     parser.add_argument(
         "--guidance-scale", type=finite, default=4.0, help="classifier-free guidance; 1 is none (%(default)s)"
     )
-    parser.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="%(choices)s (%(default)s)")
+    parser.add_argument("--guidance-rescale", type=finite, default=0.0, help="against too much contrast, 0 to 1 (0)")
+    parser.add_argument(
+        "--interval",
+        type=interval,
+        default=(None, None),
+        metavar="LOW:HIGH",
+        help="guide at noise levels between these only, which saves a pass at the others (all)",
+    )
+    parser.add_argument(
+        "--solver",
+        type=solver,
+        default=NAMES[0],
+        help=f"{', '.join(NAMES)}, or as A1111 and diffusers spell them (%(default)s)",
+    )
+    parser.add_argument("--eta", type=finite, help="of ddim, euler_a, dpm++2m_sde: noise put in anew, 0 to 1")
+    parser.add_argument("--spacing", choices=SPACINGS, help="where the steps lie: %(choices)s (the model's own)")
     parser.add_argument("--negative-prompt", default="", help="what the pictures should not show (nothing)")
     parser.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels (as trained)")
     parser.add_argument("--batch-size", type=whole, default=16, help="pictures drawn at once (%(default)s)")
@@ -83,9 +111,45 @@ def plot(parser: Parser) -> None:
 def sample(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder, as `export` writes it")
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw")
+    parser.add_argument(
+        "--prompts",
+        dest="prompts_file",
+        metavar="FILE",
+        help='.txt, one a line, or .jsonl of {"prompt": ..., "negative_prompt": ..., "seed": 4}',
+    )
     parser.add_argument("--seeds", type=seeds, default=[0], help="0-7 or 0,3: one picture of each prompt for each (0)")
     drawing(parser)
+    parser.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="the noise levels themselves, falling")
+    parser.add_argument("--image", metavar="FILE", help="a picture to draw from (img2img)")
+    parser.add_argument("--mask", metavar="FILE", help="white where that picture is to be drawn anew (inpainting)")
+    parser.add_argument("--strength", type=finite, help="how much of the picture is drawn anew, above 0 to 1 (0.8)")
+    parser.add_argument(
+        "--rng", choices=RNGS, default=RNGS[0], help="whose noise a seed gives: %(choices)s (%(default)s)"
+    )
+    parser.add_argument("--variation-seed", type=one_seed, metavar="SEED", help="a seed to go towards")
+    parser.add_argument("--variation-strength", type=finite, default=0.0, help="how far, 0 to 1 (0)")
+    parser.add_argument("--exact", action="store_true", help="one picture a pass: bit for bit as its seed gives alone")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="again for each more")
+    parser.add_argument("--controlnet", action="append", default=[], metavar="DIR[:SCALE]", help="again for each more")
+    parser.add_argument("--control-image", action="append", default=[], metavar="FILE", help="one for each ControlNet")
+    parser.add_argument("--ip-adapter", metavar="FILE[:SCALE]", help="a picture as a prompt, with the next two")
+    parser.add_argument("--ip-adapter-encoder", metavar="DIR", help="its CLIP image encoder")
+    parser.add_argument("--ip-adapter-image", metavar="FILE", help="its picture")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="numbers to compute in (those of the files)")
+    parser.add_argument("--tile", type=whole, metavar="PIXELS", help="autoencoder in squares of this side: less memory")
+    parser.add_argument("--compile", action="store_true", help="compile the network at its first step")
+    parser.add_argument("--preview", metavar="DIR", help="folder for what the pictures look like, step by step")
     parser.add_argument("--out", default="out", help="folder for the pictures (%(default)s)")
+
+
+def replay(parser: Parser) -> None:
+    parser.add_argument("picture", metavar="PICTURE", help="a PNG that `sample` wrote")
+    parser.add_argument("--model", metavar="DIR", help="its model (looked for by its hash)")
+    parser.add_argument(
+        "--file", action="append", default=[], help="a picture or adapter that it was drawn with; again for each more"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (the record's)")
+    parser.add_argument("--out", metavar="FILE", help="write the picture drawn again there")
 
 
 def evaluate(parser: Parser) -> None:

@@ -114,14 +114,14 @@ def _read(path: Path, configs: str, xl: bool, tokenizers: dict[str, Any], dtype:
         pipeline, given["add_watermarker"] = StableDiffusionXLPipeline, False
     else:
         pipeline, given["safety_checker"], given["requires_safety_checker"] = StableDiffusionPipeline, None, False
-    with _quiet():
+    with quiet():
         return pipeline.from_single_file(
             str(path), config=configs, local_files_only=True, torch_dtype=dtype, **tokenizers, **given
         )
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without diffusers' progress bar over the parts, and its lines about keys, which are checked here."""
     from diffusers.utils import logging
 

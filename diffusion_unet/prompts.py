@@ -47,10 +47,14 @@ class DualTextEncoder(PromptEncoder):
     def encoders(self) -> dict[str, TextEncoder]:
         return {"text_encoder": self.first, "text_encoder_2": self.second}
 
-    def tokenize(self, captions: Sequence[str], *, refuse_long: bool = False) -> tuple[Tensor, int]:
-        """Token ids [B, 2, L] (int64), of both tokenizers; otherwise as `TextEncoder.tokenize`."""
-        parts = [encoder.tokenize(captions, refuse_long=refuse_long) for encoder in self.encoders.values()]
+    def tokenize(self, captions: Sequence[str], *, chunks: int = 1, refuse_long: bool = False) -> tuple[Tensor, int]:
+        """Token ids [B * chunks, 2, L] (int64), of both tokenizers; otherwise as `TextEncoder.tokenize`."""
+        encoders = self.encoders.values()
+        parts = [encoder.tokenize(captions, chunks=chunks, refuse_long=refuse_long) for encoder in encoders]
         return torch.stack([ids for ids, _ in parts], dim=1), max(cut for _, cut in parts)
+
+    def chunks(self, *prompts: str) -> int:
+        return max(encoder.chunks(*prompts) for encoder in self.encoders.values())
 
     def forward(self, ids: Tensor) -> Conditioning:
         """ids [B, 2, L] -> the last but one hidden states of both, side by side, as context, and the second's
@@ -118,14 +122,19 @@ class ClassLabels(PromptEncoder):
             twice = next(name for name in self.names if self.names.count(name) > 1)
             raise InputError(f"class_names: {shorten(twice)} is there twice; each class needs a name of its own")
 
-    def tokenize(self, captions: Sequence[str], *, refuse_long: bool = False) -> tuple[Tensor, int]:
-        """Class numbers [B, 1] (int64), and 0. Raises InputError for a name that is none of the classes'."""
+    def tokenize(self, captions: Sequence[str], *, chunks: int = 1, refuse_long: bool = False) -> tuple[Tensor, int]:
+        """Class numbers [B * chunks, 1] (int64), and 0. Raises InputError for a name that is none of the classes'."""
         captions = [captions] if isinstance(captions, str) else list(captions)
         for name in captions:
             if name not in self._numbers:
                 near = difflib.get_close_matches(name, self.names, 1, 0) or self.names
                 raise InputError(f"{shorten(name)} is none of the {len(self.names)} classes; {shorten(near[0])} is")
-        return torch.tensor([self._numbers[name] for name in captions], dtype=torch.int64).reshape(-1, 1), 0
+        numbers = [self._numbers[name] for name in captions for _ in range(chunks)]
+        return torch.tensor(numbers, dtype=torch.int64).reshape(-1, 1), 0
+
+    def chunks(self, *prompts: str) -> int:
+        self.tokenize(prompts)
+        return 1
 
     def forward(self, ids: Tensor) -> Conditioning:
         """ids [B, 1] -> class_labels [B]."""

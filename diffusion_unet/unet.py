@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import checkpoint
-from .attention import Attention, BasicTransformerBlock, Context, KeysValues
+from . import checkpoint, untrusted
+from .attention import Attention, BasicTransformerBlock, Context, KeysValues, repeated
 from .blocks import DOWN, MID, UP
 from .config import UNetConfig
 from .errors import InputError
@@ -125,10 +125,11 @@ class UNet(nn.Module):
             down_residuals, mid_residual: a ControlNet's, one for each skip and one for the middle.
             adapter_residuals: a T2I-Adapter's, one for each down block, and maybe one for the middle.
             cache: of `precompute`, for this very `context` and one of its timesteps; it then stands for `context`,
-                `class_labels`, `pooled`, `time_ids` and `guidance`.
+                `class_labels`, `pooled`, `time_ids` and `guidance`. Where it was made without these four, `context` may
+                have n * B rows, of n texts for each image: what does not depend on the text is then computed once.
 
         Returns:
-            [B, out_channels, H, W].
+            [B, out_channels, H, W], or [n * B, ...].
 
         Raises:
             InputError: an input that the configuration asks for is missing or has the wrong shape.
@@ -231,7 +232,7 @@ class UNet(nn.Module):
             InputError: a file is missing or damaged, or a key or a shape differs; it names the file and the key.
         """
         path = Path(folder, subfolder or "")
-        config = UNetConfig.from_diffusers(checkpoint.read_json(path / "config.json"), ignore_unknown=True)
+        config = UNetConfig.from_diffusers(untrusted.read_json(path / "config.json"), ignore_unknown=True)
         with torch.device("meta"):
             unet = cls(config)
         tensors, source = checkpoint.read_weights(path, WEIGHTS, variant)
@@ -270,13 +271,13 @@ def run_stack(
     if down_residuals is not None:
         if len(down_residuals) != len(skips):
             raise InputError(f"down_residuals has {len(down_residuals)} tensors, and the U-Net {len(skips)} skips")
-        skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
+        skips = [repeated(skip, more) + more for skip, more in zip(skips, down_residuals, strict=True)]
     if unet.mid_block is not None:
         x = call(unet.mid_block, x)
         if adapters and adapters[0].shape == x.shape:
             x = x + adapters.pop(0)
     if mid_residual is not None:
-        x = x + mid_residual
+        x = repeated(x, mid_residual) + mid_residual
     for block in unet.up_blocks:
         count = len(block.resnets)
         # The size of the level that comes next, so that images of every size come back as they went in.

@@ -1,13 +1,17 @@
-"""Solvers of the probability-flow equation as tables of coefficients, and the one loop that runs every table.
+"""Solvers as tables of coefficients, and the one loop that runs every table and every wrapped scheduler.
 
-The coordinate is x = x0 + sigma * n, in which the equation is dx/dsigma = (x - D(x; sigma)) / sigma with D the denoiser
-(Karras et al. 2022, arXiv:2206.00364, eq. 1 and 3). A solver is a function from noise levels to a `Table`, so all that
-depends on the levels alone is float64 and known before the first network pass.
+The coordinate is x = x0 + sigma * n, in which the probability flow is dx/dsigma = (x - D(x; sigma)) / sigma with D the
+denoiser (Karras et al. 2022, arXiv:2206.00364, eq. 1 and 3). A solver is a function from noise levels to a `Table`, so
+all that depends on the levels alone is float64 and known before the first network pass.
+
+In all of them: sigmas is float64 [N + 1], falling, the last 0; s is the level that a step starts at, t the next one,
+r = t / s, and h = -ln r the step in lambda = -ln sigma.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +19,19 @@ from torch import Tensor
 from diffusion_unet.errors import InputError
 from diffusion_unet.schedule import NoiseSchedule
 
-MAX_STEPS = 10_000
-SPACINGS = ("trailing", "leading", "linspace", "karras", "exponential")
+Noise = Callable[[int], Tensor]  # draw -> N(0, 1) of x's shape
+Step = Callable[[int, Tensor, Tensor, Noise], Tensor]  # row, x, denoised, noise -> the next x
+
+
+class Course(Protocol):
+    """What `run` takes: the levels at which the network is asked, and a trajectory's steps from one to the next."""
+
+    @property
+    def sigma(self) -> Tensor:
+        """float64 [rows]."""
+
+    def begin(self) -> Step:
+        """What keeps the history of one trajectory, and of no other; called for the rows in turn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,104 +48,175 @@ class Table:
     denoised: Tensor  # [N, K], the latest answer first; rows before the Kth hold zeros for answers that do not exist
     noise: Tensor  # [N]
 
+    def begin(self) -> Step:
+        history: deque[Tensor] = deque(maxlen=self.denoised.shape[1])
+        rows = list(zip(self.x.tolist(), self.denoised.tolist(), self.noise.tolist(), strict=True))
 
-Solver = Callable[[Tensor], Table]
+        def step(row: int, x: Tensor, denoised: Tensor, noise: Noise) -> Tensor:
+            of_x, of_denoised, of_noise = rows[row]
+            history.appendleft(denoised)
+            x = x if of_x == 1 else of_x * x
+            for coefficient, answer in zip(of_denoised, history, strict=False):
+                if coefficient:
+                    x = torch.add(x, answer, alpha=coefficient)
+            return torch.add(x, noise(row + 1), alpha=of_noise) if of_noise else x
 
-
-def ddim(sigmas: Tensor) -> Table:
-    """DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12 with no noise), which is Euler's method in sigma; order 1.
-
-    sigmas: float64 [N + 1], falling, the last 0.
-    """
-    ratio = sigmas[1:] / sigmas[:-1]
-    return Table(sigmas[:-1], ratio, (1 - ratio)[:, None], torch.zeros_like(ratio))
-
-
-def dpmpp_2m(sigmas: Tensor) -> Table:
-    """DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095, algorithm 2); order 2, with one pass a step.
-
-    sigmas: float64 [N + 1], falling, the last 0. The first step has no answer before it, and the last, to sigma = 0, an
-    infinite one in ln sigma: both are of order 1.
-    """
-    ratio = sigmas[1:] / sigmas[:-1]
-    h = -ratio.log()  # step in lambda = -ln sigma
-    extrapolate = torch.zeros_like(ratio)
-    extrapolate[1:-1] = h[1:-1] / (2 * h[:-2])
-    denoised = (1 - ratio)[:, None] * torch.stack([1 + extrapolate, -extrapolate], dim=1)
-    return Table(sigmas[:-1], ratio, denoised, torch.zeros_like(ratio))
-
-
-SOLVERS: dict[str, Solver] = {"dpm++2m": dpmpp_2m, "ddim": ddim}
+        return step
 
 
 def run(
-    table: Table,
+    course: Course,
     x: Tensor,
     denoise: Callable[[Tensor, float], Tensor],
-    noise: Callable[[int], Tensor],
+    noise: Noise,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Takes x at the first noise level through the table, whichever solver made it; keeps nothing between calls.
+    """Takes x at the first noise level through the course, whichever solver made it; keeps nothing between calls.
 
     denoise(x, sigma) -> expected x0 of x's shape; noise(draw) -> N(0, 1) of x's shape, where draw is the row's number
     from 1 on (0 is the noise that x began as), asked for only in rows that use it; progress(rows done).
     """
-    history: deque[Tensor] = deque(maxlen=table.denoised.shape[1])
-    rows = zip(table.sigma.tolist(), table.x.tolist(), table.denoised.tolist(), table.noise.tolist(), strict=True)
-    for row, (sigma, of_x, of_denoised, of_noise) in enumerate(rows):
-        history.appendleft(denoise(x, sigma))
-        x = of_x * x
-        for coefficient, denoised in zip(of_denoised, history, strict=False):
-            if coefficient:
-                x = torch.add(x, denoised, alpha=coefficient)
-        if of_noise:
-            x = torch.add(x, noise(row + 1), alpha=of_noise)
+    step = course.begin()
+    for row, sigma in enumerate(course.sigma.tolist()):
+        x = step(row, x, denoise(x, sigma), noise)
         if progress is not None:
             progress(row + 1)
     return x
 
 
-def sigmas(schedule: NoiseSchedule, steps: int, spacing: str | None = None) -> Tensor:
-    """float64 [steps + 1]: falling noise levels of the steps, and 0 at the end.
+def ddim(sigmas: Tensor, eta: float = 0.0) -> Table:
+    """DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12 and 16); order 1.
 
-    spacing: trailing, leading or linspace place the steps in the timesteps of a table as diffusers does, but do not
-    round them (arXiv:2305.08891, table 2); karras (arXiv:2206.00364, eq. 5) and exponential run from sigma_max to
-    sigma_min; None is the schedule's own, which for a flow is uniform in s = sigma / (1 + sigma) before the shift.
-
-    Raises InputError for a spacing that is not known or does not fit the schedule, and for steps it cannot be cut into.
+    eta: 0 is Euler's method in sigma, so `euler` is this too; 1 is `ancestral`.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps is {steps!r}: a whole number of at least 1 is needed")
-    if steps > MAX_STEPS:
-        raise InputError(f"steps is over {MAX_STEPS}, the most that can be taken")
-    spacing = schedule.spacing if spacing is None else spacing
-    levels = _levels(schedule, steps, spacing)
-    if not (levels.diff() < 0).all():
-        limit = schedule.num_train_timesteps
-        raise InputError(f"steps is {steps}: {spacing} spacing of {limit} timesteps has room for fewer")
-    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+    s, t = sigmas[:-1], sigmas[1:]
+    r = t / s
+    up2 = eta**2 * (1 - r) * (1 + r)  # (noise that is put in anew / t)^2
+    down = r * (1 - up2).sqrt()
+    return Table(s, down, (1 - down)[:, None], t * up2.sqrt())
 
 
-def _levels(schedule: NoiseSchedule, steps: int, spacing: str) -> Tensor:
-    T, k = schedule.num_train_timesteps, torch.arange(steps, dtype=torch.float64)
-    high, low = schedule.sigma_max, schedule.sigma_min
-    ramp = k / max(steps - 1, 1)  # from 0 to 1
-    if spacing == "karras":
-        rho = float(schedule.config.get("rho") or 7.0)
-        return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    if spacing == "exponential":
-        return high * (low / high) ** ramp
-    if spacing == "flow" and schedule.spacing == "flow":
-        s = (1 - k / steps) * (1 - 1 / T)
-        return schedule.shift * s / (1 - s)
-    if schedule.table is None or spacing not in SPACINGS:
-        known = SPACINGS if schedule.table is not None else ("karras", "exponential")
-        raise InputError(f"spacing {spacing!r} is not known for this noise schedule: {', '.join(known)}")
-    if spacing == "trailing":
-        t = T - 1 - k * T / steps
-    elif spacing == "leading":
-        t = (steps - 1 - k) * (T // steps)
-        t = t + min(int(schedule.config.get("steps_offset") or 0), T - 1 - int(t[0]))  # the last timestep is T - 1
-    else:
-        t = (T - 1) * (1 - ramp)
-    return schedule.sigma(t)
+def ancestral(sigmas: Tensor) -> Table:
+    """DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 6 and 7): a draw from q(x_t | x_s, x0 = D), the lesser variance.
+
+    In sigma the posterior is N(r^2 x + (1 - r^2) D, t^2 (1 - r^2)). That is DDIM with eta = 1, k-diffusion's Euler
+    ancestral and the SDE-DPM-Solver++ of order 1 as well: `ddpm` and `euler_a` are one arithmetic.
+    """
+    return ddim(sigmas, eta=1.0)
+
+
+def heun(sigmas: Tensor) -> Table:
+    """Heun's method (Karras et al. 2022, algorithm 1); order 2.
+
+    A step is two network passes but for the last, Euler's to 0: N steps have 2 N - 1 rows. diffusers and A1111 count
+    steps in the same way.
+    """
+    s, t = sigmas[:-1], sigmas[1:]
+    r = t / s
+    # x' is Euler's x at t and D' the answer there. The trapezoid x + (t - s) / 2 ((x - D) / s + (x' - D') / t) is
+    # x' + (s - t) / 2t (D' - D), as (x - D) / s = (x' - D) / t: no earlier x, and no division by a small ratio.
+    euler = torch.stack([r, 1 - r, torch.zeros_like(r)], dim=1)
+    half = (s - t) / (2 * t)
+    mean = torch.stack([torch.ones_like(r), half, -half], dim=1)
+    rows = torch.stack([euler, mean], dim=1).flatten(0, 1)[:-1]
+    return Table(torch.stack([s, t], dim=1).flatten()[:-1], rows[:, 0], rows[:, 1:], torch.zeros(len(rows)).double())
+
+
+def dpmpp_2m(sigmas: Tensor, eta: float = 0.0) -> Table:
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095, algorithm 2); order 2, with one pass a step.
+
+    The first step has no answer before it, and the last, to sigma = 0, an infinite one in lambda: both are of order 1.
+
+    eta: above 0 the SDE variant of the midpoint kind, as k-diffusion has it (1 in the paper, its appendix B).
+    """
+    s, t = sigmas[:-1], sigmas[1:]
+    r = t / s
+    kept = r ** (1 + eta)
+    extrapolate = _extrapolation(r)
+    denoised = (1 - kept)[:, None] * torch.stack([1 + extrapolate, -extrapolate], dim=1)
+    return Table(s, kept, denoised, t * (1 - r ** (2 * eta)).sqrt())
+
+
+def dpmpp_2m_sde(sigmas: Tensor, eta: float = 1.0) -> Table:
+    """DPM-Solver++ 2M SDE: `dpmpp_2m` with fresh noise in every step but the last."""
+    return dpmpp_2m(sigmas, eta)
+
+
+def unipc(sigmas: Tensor) -> Table:
+    """UniPC (Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2) in x0, B(h) = e^h - 1, order 2 with a corrector.
+
+    Its predictor is a step of DPM-Solver++ 2M; once the network has answered at x, the corrector moves that x, and the
+    predictor goes on from there: the two are one row. The last step is of order 1 and has no corrector, as in
+    diffusers, so that the end of the course is of order 2.
+    """
+    s, r = sigmas[:-1], sigmas[1:] / sigmas[:-1]
+    extrapolate = _extrapolation(r)
+    # Both start from the same x, which therefore leaves corrected - predicted: an expression in the answers alone.
+    latest, earlier = (torch.zeros_like(r) for _ in range(2))
+    if len(r) > 1:
+        latest[1] = (1 - r[0]) / 2  # after a step of order 1 (eq. 9 with p = 1)
+    if len(r) > 2:
+        q, h = r[1:-1], -r[1:-1].log()
+        growth = 2 * extrapolate[1:-1]  # h over the h before
+        first = 1 / (1 - q) - 1 / h  # phi_1 and phi_2 of eq. 9, over B(h)
+        second = (1 - 2 / h) / (1 - q) + 2 / h**2
+        weight = (first - second) * growth / (1 + growth)  # of D_(i-2), the other is that of D_i
+        latest[2:] = (1 - q) * (first - weight)
+        earlier[2:] = (1 - q) * (weight - 0.5) * growth
+    corrector = torch.stack([latest, earlier - latest, -earlier], dim=1)
+    predictor = (1 - r)[:, None] * torch.stack([1 + extrapolate, -extrapolate, torch.zeros_like(r)], dim=1)
+    return Table(s, r, r[:, None] * corrector + predictor, torch.zeros_like(r))
+
+
+def lcm(sigmas: Tensor, schedule: NoiseSchedule) -> Table:
+    """Latent consistency sampling (Luo et al. 2023, arXiv:2310.04378, algorithm 3): x0 of each step, noised anew.
+
+    x0 = c_skip x_vp + c_out D with the paper's boundary scalings of the timestep: sigma_data 0.5, timesteps times 10.
+    For a network distilled for it; the timesteps it was distilled at are `trailing`. Raises InputError for a schedule
+    without a table of timesteps.
+    """
+    if schedule.table is None:
+        raise InputError("solver lcm needs a table of timesteps, which a flow and EDM have not: try euler_a")
+    s, t = sigmas[:-1], sigmas[1:]
+    scaled = 10.0 * schedule.timestep(s)
+    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
+    return Table(s, c_skip / (1 + s**2).sqrt(), c_out[:, None], t)
+
+
+def _extrapolation(r: Tensor) -> Tensor:
+    """h_i / 2 h_(i-1), the weight of D_i - D_(i-1) half a step ahead; 0 in the first and the last step."""
+    h = -r.log()
+    result = torch.zeros_like(r)
+    result[1:-1] = h[1:-1] / (2 * h[:-2])
+    return result
+
+
+SOLVERS: dict[str, Callable[..., Table]] = {
+    "dpm++2m": dpmpp_2m,
+    "dpm++2m_sde": dpmpp_2m_sde,
+    "unipc": unipc,
+    "ddim": ddim,
+    "euler": ddim,
+    "euler_a": ancestral,
+    "heun": heun,
+    "lcm": lcm,
+    "ddpm": ancestral,
+}
+WITH_ETA: dict[str, Callable[[Tensor, float], Table]] = {"ddim": ddim, "euler_a": ddim, "dpm++2m_sde": dpmpp_2m_sde}
+
+
+def solver_table(solver: str, sigmas: Tensor, schedule: NoiseSchedule, eta: float | None = None) -> Table:
+    """The table of a solver, by its name in `SOLVERS`.
+
+    eta: how much of the noise is put in anew, from 0 (none) to 1; None is the solver's own. Raises InputError for a
+    name that is not known, an eta out of range or with a solver that has none, and a schedule that does not fit.
+    """
+    if solver not in SOLVERS:
+        raise InputError(f"solver {ascii(solver)[:80]} is not known: {', '.join(SOLVERS)}")
+    if eta is None:
+        return lcm(sigmas, schedule) if solver == "lcm" else SOLVERS[solver](sigmas)
+    if solver not in WITH_ETA:
+        raise InputError(f"solver {solver} has no eta: {', '.join(WITH_ETA)} have")
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
+        raise InputError(f"eta is {eta!r}: a number from 0 to 1 is needed")
+    return WITH_ETA[solver](sigmas, float(eta))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -107,10 +108,12 @@ def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_solvers_and_limits_are_those_of_sampling() -> None:
-    from sampling.sampler import MAX_SIDE
-    from sampling.solvers import MAX_STEPS, SOLVERS
+    from sampling.levels import MAX_STEPS, SPACINGS
+    from sampling.noise import RNGS
+    from sampling.request import MAX_SIDE
+    from sampling.solvers import SOLVERS
 
-    assert set(options.SOLVERS) == set(SOLVERS)
+    assert (set(options.NAMES), options.RNGS, options.SPACINGS) == (set(SOLVERS), RNGS, SPACINGS)
     assert (arguments.MAX_STEPS, arguments.MAX_SIDE) == (MAX_STEPS, MAX_SIDE)
 
 
@@ -149,7 +152,12 @@ def test_a_config_that_comes_along_is_found_by_its_name(
         ("sample m a --size 0x32", "512x768"),
         ("sample m a --size 32x16385", "at most 16384"),
         ("sample m a --guidance-scale nan", "no finite number"),
-        ("sample m a --solver euler", "--solver"),
+        ("sample m a --solver eular", "--solver"),
+        ("sample m a --interval 5.42:0.28", "0.28:5.42"),
+        ("sample m a --sigmas 3,two", "no finite number"),
+        ("sample m a --rng dice", "--rng"),
+        ("sample m a --variation-seed 1-3", "several seeds"),
+        ("replay no.png", "no.png"),
         ("sample no/model a", "no/model"),
         ("export only-one", "OUT"),
         ("export no/run out", "no/run"),
@@ -292,7 +300,50 @@ def test_a_second_call_overwrites_nothing(model_folder: Path, tmp_path: Path) ->
     assert before.items() <= after.items()
     new = {f"000{number}-{seed}.png" for number in (42, 43) for seed in (0, 5)}
     assert after.keys() - before.keys() == {"00041-5.png", "grid-00042.png", *new}
-    assert after["00042-5.png"] == before["00000-5.png"]
+    again, drawn = (np.asarray(Image.open(tmp_path / f"{name}-5.png")).astype(int) for name in ("00042", "00000"))
+    assert np.abs(again - drawn).max() <= 1
+
+
+def test_a_file_of_prompts_with_seeds_and_previews(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "a bag", "seed": 7}\n{"prompt": "a coat", "negative_prompt": "a"}\n'
+    )
+    out, frames = tmp_path / "out", tmp_path / "frames"
+    argv = ["sample", model_folder, "a", "--prompts", tmp_path / "prompts.jsonl", "--seeds", "1,2", "--steps", "2"]
+    assert cli.main([str(word) for word in [*argv, "--out", out, "--preview", frames]]) == 0
+    names = ["00000-1", "00000-2", "00001-7", "00002-1", "00002-2"]
+    assert sorted(path.stem for path in out.iterdir()) == names  # no grid: the rows are not of one length
+    assert sorted(path.stem for path in frames.iterdir()) == [f"{name}-00{step}" for name in names for step in (1, 2)]
+    last, picture = (np.asarray(Image.open(path)) for path in (frames / "00001-7-002.png", out / "00001-7.png"))
+    assert np.array_equal(last, picture)
+    with Image.open(out / "00002-2.png") as image:
+        record = json.loads(image.info["diffusion_unet"])
+    assert (record["prompt"], record["negative_prompt"], record["seed"]) == ("a coat", "a", 2)
+
+
+def test_a_picture_is_drawn_from_a_picture_and_replayed(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["sample", str(model_folder), "a bag", "--steps", "2", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    changed = ["--image", str(tmp_path / "00000-0.png"), "--strength", "0.5", "--solver", "Euler a", "--seeds", "4"]
+    assert cli.main([*argv, *changed, "--exact", "--interval", ":5", "--spacing", "karras"]) == 0
+    capsys.readouterr()
+    for name in ("00000-0.png", "00001-4.png"):
+        assert cli.main(["replay", str(tmp_path / name), "--out", str(tmp_path / "again.png")]) == 0
+        assert "bit-identical" in capsys.readouterr().out
+        assert Image.open(tmp_path / "again.png").tobytes() == Image.open(tmp_path / name).tobytes()
+    strange = refused(capsys, "replay", tmp_path / "00001-4.png", "--model", other(model_folder, tmp_path))
+    assert "a record from another model" in strange
+    (tmp_path / "00000-0.png").unlink()
+    assert "give it, --file FILE" in refused(capsys, "replay", tmp_path / "00001-4.png")
+
+
+def other(model_folder: Path, tmp_path: Path) -> Path:
+    model = DiffusionModel.load(model_folder)
+    with torch.no_grad():
+        model.unet.conv_out.bias.add_(1)
+    return model.save(tmp_path / "other")
 
 
 def test_an_interrupted_call_keeps_what_is_drawn(
@@ -333,7 +384,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_drawn(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert "12" in refused(capsys, "sample", model_folder, "a bag " * 40, "--out", out)
+    assert "32 chunks" in refused(capsys, "sample", model_folder, "a bag " * 400, "--out", out)
     assert not out.exists()
 
 

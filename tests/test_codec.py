@@ -1,5 +1,6 @@
 """Codecs against their closed form, and against diffusers' image processor and autoencoder."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,91 @@ def test_latent_codecs_that_cannot_be(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"config\.json"):
         LatentCodec.load(tmp_path / "none")
+
+
+# ---- tiles ----
+
+TILE = 16  # pixels, 8 latents: neighbours share 2 of these
+
+
+def tiled_stock() -> AutoencoderKL:
+    """Diffusers' own, with the same tiles."""
+    stock = vae()
+    stock.tile_sample_min_size, stock.tile_latent_min_size, stock.tile_overlap_factor = TILE, TILE // 2, 0.25
+    return stock
+
+
+def tiled(codec: LatentCodec, z: torch.Tensor, tile: int = TILE) -> torch.Tensor:
+    """Before it is rounded to bytes."""
+    with torch.no_grad():
+        return codec._in_parts(lambda part: codec.vae.decode(part).sample, z, tile, made=2)
+
+
+def test_a_picture_of_one_tile_is_the_same_to_the_bit() -> None:
+    codec = LatentCodec(vae())
+    latents = torch.randn(3, 4, 8, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(codec.decode(latents, tile=TILE), codec.decode(latents))
+    images = pictures(3, 16, 12, 3)
+    assert torch.equal(codec.moments(images, tile=TILE), codec.moments(images))
+    assert torch.equal(codec.encode(images, tile=TILE), codec.encode(images))
+
+
+def row_by_row(stock: AutoencoderKL, z: torch.Tensor) -> torch.Tensor:
+    """Diffusers' tiles and blends, but whole rows of tiles are blended before they are blended with one another.
+
+    Its own order gives the upper left one of four tiles that meet more weight than the others."""
+    strips = []
+    for top in range(0, z.shape[2], 6):
+        tiles = [stock.decode(z[:, :, top : top + 8, left : left + 8]).sample for left in range(0, z.shape[3], 6)]
+        for one, next_one in itertools.pairwise(tiles):
+            stock.blend_h(one, next_one, 4)
+        strips.append(torch.cat([tile[..., :12] for tile in tiles], dim=-1))
+    for one, next_one in itertools.pairwise(strips):
+        stock.blend_v(one, next_one, 4)
+    return torch.cat([strip[:, :, :12] for strip in strips], dim=2)
+
+
+@pytest.mark.parametrize("shape", [(6, 18), (18, 6), (5, 12), (18, 18)])
+def test_tiles_are_those_of_diffusers(shape: tuple[int, int]) -> None:
+    """At sizes where it makes no tile that lies within another one."""
+    stock = tiled_stock()
+    codec = LatentCodec(stock)
+    z = torch.randn(2, 4, *shape, generator=torch.Generator().manual_seed(0))
+    images = pictures(1, 2 * shape[0], 2 * shape[1], 3)
+    ours = tiled(codec, z)
+    with torch.no_grad():
+        expected = row_by_row(stock, z) if min(shape) > 8 else stock.tiled_decode(z).sample
+        moments = stock._tiled_encode(images.movedim(-1, 1).float() / 127.5 - 1)
+    assert ours.shape == (2, 3, 2 * shape[0], 2 * shape[1])
+    assert torch.allclose(ours, expected, atol=1e-5)
+    if min(shape) <= 8:
+        assert torch.allclose(codec.moments(images, tile=TILE), moments, atol=1e-5)
+
+
+def test_tiles_leave_no_seam_and_take_no_more_memory_than_a_tile() -> None:
+    codec = LatentCodec(vae())
+    z = torch.randn(2, 4, 24, 39, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = codec.vae.decode(z).sample
+        beside = torch.cat([codec.vae.decode(part).sample for part in z.split(16, dim=-1)], dim=-1)  # without overlap
+    shapes: list[torch.Size] = []
+    hook = codec.vae.decoder.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    ours = tiled(codec, z, 32)
+    hook.remove()
+    assert {shape[0] for shape in shapes} == {1} and max(max(shape[2:]) for shape in shapes) == 16
+
+    def steps(fault: torch.Tensor) -> torch.Tensor:
+        """[W - 1]: how far it changes from each column to the next."""
+        return fault.diff(dim=-1).abs().mean(dim=(0, 1, 2))
+
+    natural = steps(whole).mean()
+    assert steps(beside - whole)[[31, 63]].min() > natural  # a seam: as much as the picture itself changes there
+    assert steps(ours - whole).max() < 0.6 * natural
+    assert (ours - whole).abs().mean() < 0.3 * whole.std()
+
+
+def test_tiles_that_cannot_be() -> None:
+    codec = LatentCodec(vae())
+    for tile in (0, -16, 4, 12, 16.0, True):
+        with pytest.raises(InputError, match="a multiple of 8 pixels"):
+            codec.decode(torch.zeros(1, 4, 8, 8), tile=tile)  # type: ignore[arg-type]

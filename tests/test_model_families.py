@@ -28,6 +28,7 @@ from diffusion_unet.schedule import NoiseSchedule
 from diffusion_unet.single_file import write_single_file
 from diffusion_unet.unet import UNet
 from sampling import sample
+from sampling.request import Request
 from sampling.sampler import make_plan
 
 PROMPTS = [tiny.PROMPT, "BLUE bag", ""]
@@ -194,7 +195,7 @@ def test_the_network_is_told_the_size_that_is_drawn(xl: DiffusionModel, monkeypa
 
     monkeypatch.setattr(xl.unet, "precompute", watch)
     sample(xl, PROMPTS[:2], steps=1, size=(12, 20))
-    assert seen[0].tolist() == [[12, 20, 0, 0, 12, 20]] * 4
+    assert [row.tolist() for row in seen] == [[[12, 20, 0, 0, 12, 20]]] * 3  # each text by itself
 
 
 def test_sdxl_returns_from_its_folder(xl: DiffusionModel, xl_folder: Path, tmp_path: Path) -> None:
@@ -347,9 +348,9 @@ def test_names_are_class_numbers_and_nothing_is_the_last() -> None:
 def test_a_class_is_drawn_as_its_number_is_by_the_network(classes: DiffusionModel) -> None:
     settings: dict[str, Any] = {"steps": 3, "guidance_scale": 3.0, "solver": "ddim", "seeds": [1]}
     images = np.stack([np.asarray(image) for image in sample(classes, ["0", "boot"], **settings)])
-    plan = make_plan(classes, ["boot"], negative_prompt="", spacing=None, size=None, batch_size=1, **settings)
+    plan = make_plan(classes, Request(prompts=["boot"], **settings))
     x = normal(1, Purpose.PICTURE, 0, (3, 8, 8)) * plan.start
-    levels = [*plan.table.sigma.tolist(), 0.0]
+    levels = [*plan.course.sigma.tolist(), 0.0]
     for sigma, after in itertools.pairwise(levels):
         with torch.no_grad():
             towards, away = (_denoised(classes, x, sigma, label) for label in (0, 3))

@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     path.rename(away / path.name)
             return DiffusionModel.load(model)
 
-        patch.setattr(cli, "_load", load)
+        patch.setattr(cli, "load", load)
         assert cli.main(quickstart) == 0
     assert any(away.glob("checkpoint-*"))
     for path in list(away.iterdir()):

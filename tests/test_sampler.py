@@ -1,29 +1,34 @@
 """Prompts to pictures with a whole (tiny) model: seeds, batches, guidance, precomputation, and bad input."""
 
+import itertools
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from torch import Tensor, nn
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import nn
 
-import sampling.guidance
 from diffusion_unet.codec import PixelCodec
-from diffusion_unet.conditioning import Conditioning, new_text_encoder, train_tokenizer
+from diffusion_unet.conditioning import new_text_encoder, train_tokenizer
 from diffusion_unet.config import UNetConfig
 from diffusion_unet.denoiser import Denoiser
 from diffusion_unet.errors import InputError, NonFiniteError
+from diffusion_unet.images import save_png
 from diffusion_unet.model import DiffusionModel
 from diffusion_unet.random import Purpose, normal
 from diffusion_unet.schedule import NoiseSchedule
 from diffusion_unet.unet import UNet
 from sampling import sample
-from sampling.guidance import Guidance, GuidedDenoiser
+from sampling.replay import replay
+from sampling.request import Request
 from sampling.sampler import draw, make_plan
-from sampling.solvers import SOLVERS, Table
+from sampling.solvers import SOLVERS
 
 PROMPTS = ["a photo of a bag", "a coat"]
 V = "v_prediction"
@@ -111,19 +116,12 @@ def test_each_picture_is_told_once_its_batch_is_drawn(model: DiffusionModel) -> 
     assert np.array_equal(pixels(seen), pixels(sample(model, PROMPTS, seeds=range(3), steps=1, batch_size=2)[:4]))
 
 
-def ancestral(levels: Tensor) -> Table:
-    s, after = levels[:-1], levels[1:]
-    up = torch.minimum(after, (after**2 * (s**2 - after**2) / s**2).sqrt())
-    down = (after**2 - up**2).clamp_min(0).sqrt()
-    return Table(s, down / s, (1 - down / s)[:, None], up)
-
-
-def test_a_seed_is_the_same_picture_with_fresh_noise_too(
-    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(SOLVERS, "euler_a", ancestral)
-    together = pixels(sample(model, PROMPTS[:1], seeds=[1, 2, 3], steps=5, solver="euler_a"))
-    alone = pixels(sample(model, PROMPTS[:1], seeds=[3], steps=5, solver="euler_a"))
+@pytest.mark.parametrize(
+    "solver", ["euler_a", "dpm++2m_sde", "lcm", DDPMScheduler()], ids=["euler_a", "sde", "lcm", "wrapped"]
+)
+def test_a_picture_with_noise_on_its_way_depends_on_its_own_seed_alone(model: DiffusionModel, solver: Any) -> None:
+    together = pixels(sample(model, PROMPTS[:1], seeds=[1, 2, 3], steps=5, solver=solver))
+    alone = pixels(sample(model, PROMPTS[:1], seeds=[3], steps=5, solver=solver))
     assert np.abs(together[2] - alone[0]).max() <= 1
     assert np.abs(together[2] - pixels(sample(model, PROMPTS[:1], seeds=[3], steps=5))[0]).max() > 1
 
@@ -147,25 +145,11 @@ def test_the_picture_is_that_of_diffusers_own_loop(model: DiffusionModel, solver
             unconditional, conditional = model.unet(torch.cat([x, x]), t, context).chunk(2)
             x = scheduler.step(unconditional + 2.5 * (conditional - unconditional), t, x).prev_sample
     expected = model.codec.decode(x).numpy()
-    plan = make_plan(model, PROMPTS[:1], **settings(seeds=[11], steps=10, guidance_scale=2.5, solver=solver))
+    plan = make_plan(model, Request(prompts=PROMPTS[:1], seeds=[11], steps=10, guidance_scale=2.5, solver=solver))
     actual = draw(model, plan)
     assert actual.dtype == np.uint8 and actual.shape == (1, 8, 8, 1)
     assert np.abs(actual.astype(int) - expected).max() <= 1
     assert expected.std() > 5
-
-
-def settings(**given: Any) -> dict[str, Any]:
-    defaults = {
-        "seeds": [0],
-        "steps": 3,
-        "guidance_scale": 1.0,
-        "negative_prompt": "",
-        "solver": "ddim",
-        "spacing": None,
-        "size": None,
-        "batch_size": 4,
-    }
-    return defaults | given
 
 
 @pytest.mark.parametrize(
@@ -180,7 +164,7 @@ def settings(**given: Any) -> dict[str, Any]:
 )
 def test_every_kind_of_schedule_draws(schedule: NoiseSchedule) -> None:
     own = make_model(schedule=schedule)
-    for solver in SOLVERS:
+    for solver in SOLVERS if schedule.table is not None else set(SOLVERS) - {"lcm"}:
         pictures = pixels(sample(own, PROMPTS, seeds=[0, 1], steps=6, solver=solver, guidance_scale=2.0))
         assert pictures.shape == (4, 8, 8) and pictures.std() > 1
 
@@ -233,71 +217,82 @@ def test_numbers_that_are_not_finite(model: DiffusionModel) -> None:
 # ---- guidance ----
 
 
-class Linear(nn.Module):
-    """Counts its rows; answers with its context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[int] = []
-        self.precomputed: list[list[float]] = []
-
-    def forward(self, x: Tensor, timestep: float, context: Tensor, **inputs: Any) -> Tensor:
-        self.rows.append(len(x))
-        if "cache" in inputs:
-            assert inputs["cache"][0] is context and timestep in inputs["cache"][1]
-        return context.mean((1, 2)).reshape(-1, 1, 1, 1).expand_as(x)
-
-    def precompute(self, context: Tensor, timesteps: list[float], **inputs: Any) -> Any:
-        self.precomputed.append(timesteps)
-        return context, timesteps
-
-
-def contexts(*values: float) -> Conditioning:
-    return Conditioning(context=torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1).expand(-1, 2, 3))
-
-
-def test_guidance_runs_both_halves_in_one_batch_or_one_alone() -> None:
-    schedule = NoiseSchedule.linear(prediction_type="sample")
-    x, levels = torch.zeros(2, 1, 2, 2), [3.0, 1.0, 3.0]
-    for scale, rows, expected in ((1.0, 2, [5.0, 7.0]), (4.0, 4, [17.0, 25.0]), (0.0, 4, [1.0, 1.0])):
-        unet = Linear()
-        guided = GuidedDenoiser(Denoiser(unet, schedule), Guidance(scale), levels, contexts(5, 7), contexts(1, 1))
-        for sigma in levels:
-            assert guided(x, sigma)[:, 0, 0, 0].tolist() == expected
-        assert unet.rows == [rows] * 3
-        assert unet.precomputed == [[float(schedule.timestep(sigma)) for sigma in (3.0, 1.0)]]
-
-
-class OnlyAbove(Guidance):
-    """Of the kind that is to come: guidance at some noise levels alone."""
-
-    def needs_both(self, sigma: float) -> bool:
-        return sigma > 2
-
-
-def test_a_plan_may_guide_some_levels_alone() -> None:
-    unet = Linear()
-    denoiser = Denoiser(unet, NoiseSchedule.linear(prediction_type="sample"))
-    guided = GuidedDenoiser(denoiser, OnlyAbove(4.0), [3.0, 1.0], contexts(5, 7), contexts(1, 1))
-    x = torch.zeros(2, 1, 2, 2)
-    assert guided(x, 3.0)[:, 0, 0, 0].tolist() == [17, 25] and guided(x, 1.0)[:, 0, 0, 0].tolist() == [5, 7]
-    assert unet.rows == [4, 2] and sorted(len(timesteps) for timesteps in unet.precomputed) == [1, 1]
-
-
-def test_each_text_is_encoded_once_and_precomputed_once_a_batch(
-    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoded: list[list[str]] = []
+def test_each_text_is_encoded_and_precomputed_once(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    calls: list[Any] = []
     assert model.text is not None
     encode, precompute = model.text.encode, model.unet.precompute
-    monkeypatch.setattr(model.text, "encode", lambda texts: encoded.append(list(texts)) or encode(texts))
-    calls: list[int] = []
-    monkeypatch.setattr(model.unet, "precompute", lambda *a, **k: calls.append(1) or precompute(*a, **k))
-    with_cache = pixels(sample(model, PROMPTS, seeds=range(4), steps=3, batch_size=8))
-    assert encoded == [[*PROMPTS, ""]] and len(calls) == 1
-    monkeypatch.setattr(sampling.guidance.Denoiser, "precompute", lambda *_: None)
-    without = pixels(sample(model, PROMPTS, seeds=range(4), steps=3, batch_size=8))
+    monkeypatch.setattr(
+        model.text, "encode", lambda texts, chunks: encoded.extend(texts) or encode(texts, chunks=chunks)
+    )
+    monkeypatch.setattr(model.unet, "precompute", lambda *a, **k: calls.append(a[0]) or precompute(*a, **k))
+    with_cache = pixels(sample(model, [*PROMPTS, PROMPTS[0]], seeds=range(4), steps=3, batch_size=3))
+    assert encoded == [PROMPTS[0], "", PROMPTS[1]] and len(calls) == 3
+    monkeypatch.setattr(Denoiser, "precompute", lambda *_: None)
+    without = pixels(sample(model, [*PROMPTS, PROMPTS[0]], seeds=range(4), steps=3, batch_size=3))
     assert np.abs(with_cache - without).max() <= 1
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "unipc", "dpm++2m_sde"])
+def test_exact_pictures_are_those_that_their_seeds_give_alone_to_the_bit(model: DiffusionModel, solver: str) -> None:
+    """Whatever is drawn beside them: other prompts, longer ones, in any order."""
+    long = "a photo of a bag " * 9
+    options: dict[str, Any] = {"steps": 4, "solver": solver, "exact": True}
+    together = pixels(sample(model, [PROMPTS[0], long, PROMPTS[1]], seeds=[5, 6], **options))
+    for place, (prompt, seed) in enumerate(
+        (prompt, seed) for prompt in (PROMPTS[0], long, PROMPTS[1]) for seed in (5, 6)
+    ):
+        assert np.array_equal(pixels(sample(model, prompt, seeds=[seed], **options))[0], together[place])
+
+
+def test_many_threads_draw_what_each_would_draw_alone(model: DiffusionModel) -> None:
+    requests: list[dict[str, Any]] = [
+        {"prompts": PROMPTS[number % 2], "seeds": [number, 9], "steps": 3 + number % 3, "solver": solver}
+        | {"guidance_scale": 1.0 + number, "size": (8, 8 + number % 2), "rng": rng}
+        for number, (solver, rng) in enumerate(
+            itertools.product(("ddim", "heun", "euler_a", "unipc", DDPMScheduler()), ("philox", "torch"))
+        )
+    ]
+    alone = [pixels(sample(model, **request)) for request in requests]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda request: pixels(sample(model, **request)), requests * 2))
+    for expected, given in zip(alone * 2, together, strict=True):
+        assert np.array_equal(expected, given)
+
+
+def test_what_the_network_expects_is_watched_step_by_step(model: DiffusionModel) -> None:
+    seen: list[tuple[int, np.ndarray]] = []
+    images = sample(model, PROMPTS, seeds=[0, 1, 2], steps=3, batch_size=4, watch=lambda *given: seen.append(given))
+    assert [(first, len(frames)) for first, frames in seen] == [(0, 4)] * 3 + [(4, 2)] * 3
+    assert np.array_equal(seen[5][1][1, :, :, 0], pixels(images)[5])  # the last answer is the picture
+    assert np.abs(seen[3][1].astype(int) - seen[5][1]).max() > 1
+
+
+def test_a_picture_carries_its_record_and_a_file_of_it_too(model: DiffusionModel, tmp_path: Path) -> None:
+    """And drawn again from it, it is the same to the bit."""
+    model.save(tmp_path / "model")
+    for number, given in enumerate(
+        [
+            {"solver": "DPM++ 2M SDE Karras", "guidance_rescale": 0.5, "interval": (0.1, 9.0), "rng": "nv"},
+            {"sigmas": [10.0, 3.0, 0.5], "solver": "ddim", "eta": 0.5, "variation_seed": 4, "variation_strength": 0.3},
+            {"image": tmp_path / "0.png", "strength": 0.6, "exact": True, "negative_prompt": "a bag"},
+            {"image": tmp_path / "0.png", "mask": tmp_path / "1.png", "steps": 5, "solver": "heun"},
+        ]
+    ):
+        images = sample(model, PROMPTS[1], seeds=[3], model_name=str(tmp_path / "model"), **given)
+        save_png(tmp_path / f"{number}.png", images[0])
+        record = json.loads(images[0].info["diffusion_unet"])
+        assert record["seed"] == 3 and record["prompt"] == PROMPTS[1] and record["model_hash"] == model.fingerprint()
+        assert images[0].info["parameters"].startswith("a coat\n")
+        again = replay(tmp_path / f"{number}.png")
+        assert again.largest == 0 and again.differences == (), (given, str(again))
+
+
+def test_a_negative_prompt_for_each_prompt(model: DiffusionModel) -> None:
+    each = pixels(sample(model, PROMPTS, steps=3, negative_prompt=["a coat", ""], exact=True))
+    for place, negative in enumerate(("a coat", "")):
+        alone = pixels(sample(model, PROMPTS[place], steps=3, negative_prompt=negative, exact=True))
+        assert np.array_equal(each[place], alone[0])
 
 
 def test_the_negative_prompt_matters_and_scale_1_ignores_it(model: DiffusionModel) -> None:
@@ -336,8 +331,20 @@ def test_the_negative_prompt_matters_and_scale_1_ignores_it(model: DiffusionMode
         ({"prompts": []}, ["no prompt"]),
         ({"prompts": None}, ["no prompt"]),
         ({"prompts": [3]}, ["prompt 3"]),
-        ({"prompts": ["bag " * 30]}, ["bag", "16"]),
-        ({"negative_prompt": "bag " * 30}, ["bag", "16"]),
+        ({"prompts": ["bag " * 3000]}, ["bag", "32 chunks"]),
+        ({"negative_prompt": "bag " * 3000}, ["bag", "32 chunks"]),
+        ({"negative_prompt": ["a", "b", "c"]}, ["3 negative prompts and 2 prompts"]),
+        ({"negative_prompt": 3}, ["negative_prompt is 3"]),
+        ({"sigmas": [1.0, 2.0]}, ["sigmas: number 2 is 2"]),
+        ({"sigmas": [1.0], "spacing": "karras"}, ["sigmas and spacing"]),
+        ({"interval": (5.42, 0.28)}, ["interval is (5.42, 0.28)"]),
+        ({"guidance_rescale": 2}, ["guidance_rescale is 2"]),
+        ({"rng": "dice"}, ["rng 'dice'", "philox, torch, nv"]),
+        ({"variation_strength": 0.5}, ["variation_seed"]),
+        ({"eta": 0.5}, ["dpm++2m has no eta"]),
+        ({"tile": 64}, ["tile", "no autoencoder"]),
+        ({"mask": b"."}, ["mask is given, and no picture"]),
+        ({"solver": DDIMScheduler(), "spacing": "karras"}, ["a scheduler sets its own"]),
     ],
 )
 def test_bad_input(model: DiffusionModel, given: dict[str, Any], words: list[str]) -> None:
@@ -351,8 +358,8 @@ def test_size_of_a_latent_model_names_the_nearest(model: DiffusionModel) -> None
     codec = SimpleNamespace(scale_factor=8)
     own: Any = SimpleNamespace(unet=model.unet, schedule=model.schedule, text=model.text, codec=codec)
     with pytest.raises(InputError, match=r"510x300 cannot be drawn.* 512x304"):
-        make_plan(own, PROMPTS, **settings(size=(300, 510)))
-    assert make_plan(own, PROMPTS, **settings(size=(304, 512))).shape == (1, 38, 64)
+        make_plan(own, Request(prompts=PROMPTS, size=(300, 510)))
+    assert make_plan(own, Request(prompts=PROMPTS, size=(304, 512))).shape == (1, 38, 64)
 
 
 def test_epsilon_with_zero_snr() -> None:
@@ -365,4 +372,4 @@ def test_a_network_that_wants_a_picture_too() -> None:
     unet = SimpleNamespace(config=SimpleNamespace(in_channels=9, out_channels=4))
     own: Any = SimpleNamespace(unet=unet, schedule=NoiseSchedule.linear(), text=None)
     with pytest.raises(InputError, match="9 channels"):
-        make_plan(own, None, **settings())
+        make_plan(own, Request())

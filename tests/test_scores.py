@@ -316,9 +316,10 @@ def test_prompts_with_and_without_labels(tmp_path: Path) -> None:
     [
         ("", "holds no prompt"),
         ('{"prompt": "a", "label": 1}\n{"prompt": "b"}', "1 of 2 prompts have no label"),
-        ('{"prompt": "a"}\n{"prompt": 3}', "prompt 2: is not of the form"),
-        ('{"prompt": "a", "label": true}', "prompt 1: is not of the form"),
-        ("a coat", "prompt 1: is not of the form"),
+        ('{"prompt": "a"}\n{"prompt": 3}', "line 2: prompt is 3, and must be a text"),
+        ('{"prompt": "a", "label": true}', "line 1: label is True, and must be a whole number"),
+        ('{"prompt": "a", "seed": 1}', "line 1: 'seed' is not known here: prompt, label are"),
+        ("a coat", "line 1: is no JSON"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_named(text: str, message: str, tmp_path: Path) -> None:

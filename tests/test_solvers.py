@@ -1,23 +1,45 @@
-"""Solvers against diffusers' schedulers and the exact solution for a Gaussian mixture; tables of other kinds."""
+"""Solvers against diffusers' schedulers, on the same network, levels and noise."""
 
 import itertools
-import math
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from diffusion_unet.denoiser import Denoiser
-from diffusion_unet.errors import InputError
 from diffusion_unet.schedule import NoiseSchedule
-from sampling.solvers import SOLVERS, Table, ddim, dpmpp_2m, run, sigmas
+from sampling.levels import sigmas
+from sampling.solvers import (
+    SOLVERS,
+    Table,
+    ddim,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    heun,
+    lcm,
+    run,
+    unipc,
+)
 
 # numpy's remark on how diffusers' schedulers turn tensors into arrays
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 V = "v_prediction"
+Solver = Callable[[Tensor], Table]
 
 
 class Toy(torch.nn.Module):
@@ -48,17 +70,46 @@ def no_noise(draw: int) -> Tensor:
     raise AssertionError("a table without noise asked for some")
 
 
-def ours(schedule: NoiseSchedule, levels: Tensor, solver: Callable[[Tensor], Table], toy: Toy, noise: Tensor) -> Tensor:
+def fresh(draw: int) -> Tensor:
+    return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(100 + draw))
+
+
+def ours(
+    schedule: NoiseSchedule,
+    levels: Tensor,
+    solver: Solver,
+    toy: Toy,
+    noise: Tensor,
+    draws: Callable[[int], Tensor] = no_noise,
+) -> Tensor:
     start = float(1 / schedule.scaling(levels[0]).c_in)
-    return run(solver(levels), start * noise, Denoiser(toy, schedule), no_noise)
+    return run(solver(levels), start * noise, Denoiser(toy, schedule), draws)
 
 
-def theirs(scheduler: Any, steps: int, toy: Toy, sample: Tensor) -> Tensor:
+def theirs(scheduler: Any, steps: int, toy: Toy, sample: Tensor, **options: Any) -> Tensor:
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         output = toy(scheduler.scale_model_input(sample, t), float(t))
-        sample = scheduler.step(output, t, sample).prev_sample
+        sample = scheduler.step(output, t, sample, **options).prev_sample
     return sample
+
+
+@pytest.fixture
+def same_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Lets a scheduler draw 1, 2, 3 ... of `fresh`."""
+
+    def patch(scheduler: Any) -> None:
+        draws = itertools.count(1)
+        module = sys.modules[type(scheduler).__module__]
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, **options: fresh(next(draws)))
+
+    return patch
+
+
+def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """To a fraction of the picture's standard deviation."""
+    assert expected.isfinite().all()
+    assert (actual - expected).abs().max() < tolerance * max(1.0, float(expected.std()))
 
 
 NOISE = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -149,6 +200,97 @@ def test_euler_is_ddim_on_every_spacing(steps: int, spacing: dict[str, Any]) -> 
     assert (ours(schedule, levels, ddim, Toy(), NOISE) - expected).abs().max() < 1e-5
 
 
+def stock_of(kind: Any, schedule: NoiseSchedule, **extra: Any) -> Any:
+    known = set(kind().config)
+    return kind.from_config({key: value for key, value in schedule.to_config().items() if key in known} | extra)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 25])
+@pytest.mark.parametrize("schedule", MODELS, ids=lambda s: f"{s.prediction_type} {s.zero_snr}")
+def test_unipc_is_that_of_diffusers(schedule: NoiseSchedule, steps: int) -> None:
+    expected = theirs(stock_of(UniPCMultistepScheduler, schedule), steps, Toy(), NOISE)
+    agree(ours(schedule, sigmas(schedule, steps), unipc, Toy(), NOISE), expected)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 20])
+def test_flow_with_unipc_is_that_of_diffusers(steps: int) -> None:
+    """Its levels are given to ours: they start at s = 1 - 1e-6, and ours at 1 - 1/T."""
+    schedule = NoiseSchedule.flow(shift=3.0)
+    stock = stock_of(UniPCMultistepScheduler, schedule)
+    expected = theirs(stock, steps, Timeless(), NOISE)
+    s = stock.sigmas.double()
+    agree(ours(schedule, s / (1 - s), unipc, Timeless(), NOISE), expected)
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("schedule", MODELS[:3], ids=lambda s: s.prediction_type)
+def test_heun_is_that_of_diffusers(schedule: NoiseSchedule, steps: int) -> None:
+    """In fewer steps its float32 shows, x + (x - D) / s * (t - s) at s = 157, which is a sum here."""
+    levels = sigmas(schedule, steps)
+    stock = stock_of(HeunDiscreteScheduler, schedule)
+    expected = theirs(stock, steps, Toy(), NOISE * float(1 / schedule.scaling(levels[0]).c_in))
+    assert len(stock.timesteps) == len(heun(levels).sigma) == 2 * steps - 1  # it counts steps as here
+    agree(ours(schedule, levels, heun, Toy(), NOISE), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+@pytest.mark.parametrize("schedule", MODELS[:3], ids=lambda s: s.prediction_type)
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_with_noise_is_that_of_diffusers(
+    schedule: NoiseSchedule, steps: int, eta: float, same_noise: Callable[[Any], None]
+) -> None:
+    stock = stock_of(DDIMScheduler, schedule)
+    same_noise(stock)
+    expected = theirs(stock, steps, Toy(), NOISE, eta=eta)
+    agree(ours(schedule, sigmas(schedule, steps), partial(ddim, eta=eta), Toy(), NOISE, fresh), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20, 50])
+@pytest.mark.parametrize("schedule", MODELS[:3], ids=lambda s: s.prediction_type)
+def test_ddpm_is_that_of_diffusers(schedule: NoiseSchedule, steps: int, same_noise: Callable[[Any], None]) -> None:
+    stock = stock_of(DDPMScheduler, schedule, variance_type="fixed_small")
+    same_noise(stock)
+    expected = theirs(stock, steps, Toy(), NOISE)
+    agree(ours(schedule, sigmas(schedule, steps), SOLVERS["ddpm"], Toy(), NOISE, fresh), expected)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize(
+    "schedule", [MODELS[0], MODELS[2], MODELS[3]], ids=lambda s: f"{s.prediction_type} {s.zero_snr}"
+)
+def test_euler_a_is_that_of_diffusers(schedule: NoiseSchedule, steps: int, same_noise: Callable[[Any], None]) -> None:
+    """It finds sigma_down as a difference of squares in float32, which a zero-SNR table's first step feels."""
+    levels = sigmas(schedule, steps)
+    stock = stock_of(EulerAncestralDiscreteScheduler, schedule)
+    same_noise(stock)
+    expected = theirs(stock, steps, Toy(), NOISE * float(1 / schedule.scaling(levels[0]).c_in))
+    actual = ours(schedule, levels, SOLVERS["euler_a"], Toy(), NOISE, fresh)
+    agree(actual, expected, 5e-5 if schedule.zero_snr else 1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("schedule", MODELS, ids=lambda s: f"{s.prediction_type} {s.zero_snr}")
+def test_dpmpp_2m_sde_is_that_of_diffusers(
+    schedule: NoiseSchedule, steps: int, same_noise: Callable[[Any], None]
+) -> None:
+    stock = stock_of(DPMSolverMultistepScheduler, schedule, algorithm_type="sde-dpmsolver++")
+    same_noise(stock)
+    expected = theirs(stock, steps, Toy(), NOISE)
+    agree(ours(schedule, sigmas(schedule, steps), dpmpp_2m_sde, Toy(), NOISE, fresh), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10])
+@pytest.mark.parametrize("schedule", MODELS[:3], ids=lambda s: s.prediction_type)
+def test_lcm_is_that_of_diffusers(schedule: NoiseSchedule, steps: int, same_noise: Callable[[Any], None]) -> None:
+    """Whose timesteps are `trailing` where steps divide the 50 that it picks from; others it cuts to one of these."""
+    stock = stock_of(LCMScheduler, schedule)
+    same_noise(stock)
+    expected = theirs(stock, steps, Toy(), NOISE)
+    levels = sigmas(schedule, steps, "trailing")
+    torch.testing.assert_close(schedule.timestep(levels[:-1]), stock.timesteps.double(), rtol=1e-9, atol=1e-6)
+    agree(ours(schedule, levels, partial(lcm, schedule=schedule), Toy(), NOISE, fresh), expected)
+
+
 def test_start_is_init_noise_sigma() -> None:
     """Euler's start for leading spacing, sqrt(1 + sigma^2); DDIM's is the same in its own units, n itself."""
     schedule = NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"})
@@ -156,175 +298,3 @@ def test_start_is_init_noise_sigma() -> None:
     stock.set_timesteps(10)
     level = sigmas(schedule, 10)[0]
     assert float(1 / schedule.scaling(level).c_in) == pytest.approx(float(stock.init_noise_sigma), rel=1e-5)
-
-
-# ---- exactness ----
-
-MEANS, SPREADS, WEIGHTS = (
-    torch.tensor([-1.0, 0.4, 2.0]).double(),
-    torch.tensor([0.3, 0.5, 0.2]).double(),
-    [0.3, 0.5, 0.2],
-)
-
-
-def mixture_denoiser(x: Tensor, sigma: float) -> Tensor:
-    """E[x0 | x] for data from a mixture of three Gaussians on the line."""
-    variance = SPREADS**2 + sigma**2
-    log_density = torch.tensor(WEIGHTS).double().log() - (x[:, None] - MEANS) ** 2 / (2 * variance) - variance.log() / 2
-    means = (MEANS * sigma**2 + x[:, None] * SPREADS**2) / variance
-    return (torch.softmax(log_density, 1) * means).sum(1)
-
-
-def mixture_cdf(x: Tensor, sigma: float) -> Tensor:
-    z = (x[:, None] - MEANS) / (2 * (SPREADS**2 + sigma**2)).sqrt()
-    return (torch.tensor(WEIGHTS).double() * (1 + torch.erf(z)) / 2).sum(1)
-
-
-def exact(x: Tensor, high: float, low: float) -> Tensor:
-    """On the line the probability flow keeps every point's quantile: x' = F_low^-1(F_high(x)), by bisection."""
-    target = mixture_cdf(x, high)
-    left, right = torch.full_like(x, -100), torch.full_like(x, 100)
-    for _ in range(100):
-        middle = (left + right) / 2
-        below = mixture_cdf(middle, low) < target
-        left, right = torch.where(below, middle, left), torch.where(below, right, middle)
-    return (left + right) / 2
-
-
-def heun(levels: Tensor) -> Table:
-    """Heun's method (Karras et al. 2022, algorithm 1), as rows of one pass each; the step to 0 is Euler's."""
-    rows: list[tuple[float, float, list[float]]] = []
-    values = levels.tolist()
-    for s, after in itertools.pairwise(values):
-        ratio = after / s
-        rows.append((s, ratio, [1 - ratio, 0.0]))
-        if after:
-            # x of before the step is (x' - (1 - ratio) D) / ratio; x + h/2 ((x - D) / s + (x' - D') / after)
-            of_old, half = 1 + (after - s) / (2 * s), (after - s) / 2
-            of_x = of_old / ratio + half / after
-            rows.append((after, of_x, [-half / after, -of_old * (1 - ratio) / ratio - half / s]))
-    sigma, of_x_column, denoised = zip(*rows, strict=True)
-    columns = (torch.tensor(column, dtype=torch.float64) for column in (sigma, of_x_column, denoised))
-    return Table(*columns, torch.zeros(len(rows), dtype=torch.float64))
-
-
-def ancestral(levels: Tensor) -> Table:
-    """Euler ancestral (Song et al. 2021, as k-diffusion has it): down to sigma_down, then fresh noise of sigma_up."""
-    s, after = levels[:-1], levels[1:]
-    up = torch.minimum(after, (after**2 * (s**2 - after**2) / s**2).sqrt())
-    down = (after**2 - up**2).clamp_min(0).sqrt()
-    return Table(s, down / s, (1 - down / s)[:, None], up)
-
-
-def error_of(solver: Callable[[Tensor], Table], steps: int) -> float:
-    high, low = 8.0, 0.1
-    levels = high * (low / high) ** (torch.arange(steps + 1, dtype=torch.float64) / steps)
-    x = torch.linspace(-15, 15, 41, dtype=torch.float64)
-    return float((run(solver(levels), x, mixture_denoiser, no_noise) - exact(x, high, low)).abs().max())
-
-
-@pytest.mark.parametrize(("solver", "order"), [(ddim, 1), (dpmpp_2m, 2), (heun, 2)])
-def test_order_of_convergence(solver: Callable[[Tensor], Table], order: int) -> None:
-    errors = [error_of(solver, steps) for steps in (80, 160, 320)]
-    slopes = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
-    assert all(abs(slope - order) < 0.25 for slope in slopes), (errors, slopes)
-
-
-def test_both_solvers_end_in_the_data() -> None:
-    """Down to sigma = 0: the quantile of the data, within what 200 steps leave."""
-    levels = torch.cat([8.0 * (0.002 / 8.0) ** torch.linspace(0, 1, 200, dtype=torch.float64), torch.zeros(1).double()])
-    x = torch.linspace(-15, 15, 41, dtype=torch.float64)
-    assert set(SOLVERS) == {"ddim", "dpm++2m"}
-    for name, tolerance in (("ddim", 0.1), ("dpm++2m", 0.01)):
-        result = run(SOLVERS[name](levels), x, mixture_denoiser, no_noise)
-        assert (result - exact(x, 8.0, 1e-9)).abs().max() < tolerance
-
-
-def test_a_perfect_denoiser_gives_x0_after_any_number_of_steps() -> None:
-    x0 = torch.tensor([0.3, -2.0], dtype=torch.float64)
-    for name, solver in SOLVERS.items():
-        for steps in (1, 2, 3, 10):
-            table = solver(sigmas(NoiseSchedule.linear(), steps))
-            assert table.sigma.dtype == table.x.dtype == table.denoised.dtype == torch.float64
-            assert len(table.sigma) == steps and not table.noise.any()
-            # the coordinate: a row takes x0 + sigma n to x0 + sigma' n, so that its coefficients add up to 1
-            torch.testing.assert_close(table.x + table.denoised.sum(1), torch.ones(steps).double())
-            result = run(table, x0 + table.sigma[0] * 0.7, lambda x, sigma: x0, no_noise)
-            torch.testing.assert_close(result, x0, msg=name)
-
-
-# ---- other kinds of table in the same loop ----
-
-
-def test_heun_table_is_heuns_method() -> None:
-    levels = sigmas(NoiseSchedule.edm(), 9)
-    x = torch.linspace(-100, 100, 33, dtype=torch.float64)
-    actual = run(heun(levels), x, mixture_denoiser, no_noise)
-    for s, after in itertools.pairwise(levels.tolist()):
-        slope = (x - mixture_denoiser(x, s)) / s
-        euler = x + (after - s) * slope
-        if after:
-            slope = (slope + (euler - mixture_denoiser(euler, after)) / after) / 2
-        x = x + (after - s) * slope
-    torch.testing.assert_close(actual, x, rtol=1e-10, atol=1e-10)
-
-
-def test_ancestral_table_is_euler_ancestral() -> None:
-    levels = sigmas(NoiseSchedule.linear(), 8)
-    generator = torch.Generator().manual_seed(4)
-    draws = torch.randn(20, 33, generator=generator, dtype=torch.float64)
-    x = draws[0] * levels[0]
-    asked: list[int] = []
-
-    def noise(draw: int) -> Tensor:
-        asked.append(draw)
-        return draws[draw]
-
-    actual = run(ancestral(levels), x, mixture_denoiser, noise)
-    for i, (s, after) in enumerate(itertools.pairwise(levels.tolist())):
-        up = min(after, math.sqrt(after**2 * (s**2 - after**2) / s**2))
-        down = math.sqrt(max(after**2 - up**2, 0))
-        x = x + (x - mixture_denoiser(x, s)) / s * (down - s)
-        x = x + up * draws[i + 1]
-    torch.testing.assert_close(actual, x, rtol=1e-9, atol=1e-9)
-    assert asked == list(range(1, 8))  # none for the last row, which ends at 0
-
-
-def test_progress_counts_rows() -> None:
-    seen: list[int] = []
-    run(ddim(sigmas(NoiseSchedule.linear(), 4)), torch.zeros(1), lambda x, sigma: x, no_noise, seen.append)
-    assert seen == [1, 2, 3, 4]
-
-
-# ---- noise levels ----
-
-
-def test_levels_are_fractional_and_end_at_zero() -> None:
-    schedule = NoiseSchedule.linear()
-    for steps in (1, 3, 30, 999, 1000):
-        for spacing in ("trailing", "leading", "linspace", "karras", "exponential"):
-            levels = sigmas(schedule, steps, spacing)
-            assert levels.dtype == torch.float64 and levels.shape == (steps + 1,)
-            assert (levels.diff() < 0).all() and levels[-1] == 0
-    t = schedule.timestep(sigmas(schedule, 30, "trailing")[:-1])
-    torch.testing.assert_close(t, 999 - torch.arange(30).double() * 1000 / 30, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "steps", "spacing", "words"),
-    [
-        (NoiseSchedule.linear(), 0, None, ["steps is 0"]),
-        (NoiseSchedule.linear(), 2.5, None, ["steps is 2.5"]),
-        (NoiseSchedule.linear(), True, None, ["steps is True"]),
-        (NoiseSchedule.linear(), 1001, "leading", ["steps is 1001", "1000"]),
-        (NoiseSchedule.edm(), 10_001, None, ["steps is over 10000"]),
-        (NoiseSchedule.linear(), 10, "random", ["'random'", "trailing", "karras"]),
-        (NoiseSchedule.linear(), 10, "flow", ["'flow'", "trailing"]),
-        (NoiseSchedule.flow(), 10, "trailing", ["'trailing'", "karras"]),
-        (NoiseSchedule.edm(), 10, "leading", ["'leading'", "karras"]),
-    ],
-)
-def test_bad_levels(schedule: NoiseSchedule, steps: Any, spacing: str | None, words: list[str]) -> None:
-    with pytest.raises(InputError) as error:
-        sigmas(schedule, steps, spacing)
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)

@@ -134,6 +134,35 @@ def test_cache_equals_the_plain_path(name: str) -> None:
             assert float((cached - plain).std()) <= 1e-5 * float(plain.std())
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "asymmetric", "scale-shift", "no-mid-block", "old-conventions"])
+def test_an_image_with_several_texts_is_the_image_repeated(name: str, batch: int) -> None:
+    _, unet = pair(name)
+    given = [cast(inputs(NARROW[name], batch=batch, seed=seed), torch.float64) for seed in range(3)]
+    context, mask = (torch.cat([values[key] for values in given if key in values] or [torch.ones(3 * batch, 7)])
+                     for key in ("context", "context_mask"))  # fmt: skip
+    x, cache = given[0]["x"], unet.precompute(context, [501.25])
+    with torch.no_grad():
+        once = unet(x, 501.25, context, context_mask=mask, cache=cache)
+        repeated = unet(torch.cat([x] * 3), 501.25, context, context_mask=mask, cache=cache)
+    assert once.shape == repeated.shape and relative(once, repeated) < 1e-12
+    apart = repeated.unflatten(0, (3, batch))
+    assert relative(apart[1], apart[0]) > 1e-3  # or the text would say nothing
+
+
+def test_what_comes_before_the_text_is_computed_once_for_all_texts() -> None:
+    _, unet = pair("sd15", torch.float32)
+    rows: dict[str, int] = {}
+    for key, module in unet.named_modules():
+        module.register_forward_hook(lambda _m, _a, out, key=key: rows.update({key: len(out)}))
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(4, 7, 24)
+    with torch.no_grad():
+        unet(x, 1.0, context, cache=unet.precompute(context, [1.0]))
+    first = "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert {rows[key] for key in ("conv_in", "down_blocks.0.resnets.0", f"{first}.attn1", f"{first}.attn2.to_q")} == {2}
+    assert {rows[key] for key in (f"{first}.attn2", f"{first}.ff", "down_blocks.0.resnets.1", "conv_out")} == {4}
+
+
 def test_cached_text_and_time_are_not_computed_again() -> None:
     _, unet = pair("sdxl", torch.float32)
     values = inputs(NARROW["sdxl"], mask=False)

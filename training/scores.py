@@ -3,7 +3,6 @@
 A number means something only beside others made with the same networks, reference pictures and number of pictures.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from diffusion_unet import prompt_files
 from diffusion_unet.errors import InputError
 from diffusion_unet.images import to_array, to_image
 from diffusion_unet.model import DiffusionModel
@@ -186,30 +186,9 @@ def reference_images(folder: str, model: DiffusionModel) -> Iterator[Image]:
 
 
 def read_prompts(path: Path) -> tuple[list[str], list[int] | None]:
-    """Prompts of a text file, one a line, or of a .jsonl file of {"prompt": "a coat", "label": 4}; and the labels, None
-    where there are none. Raises InputError, naming file and line."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise InputError(f"{path}: cannot be read as a text file ({reason})") from None
-    if not lines:
-        raise InputError(f"{path}: holds no prompt")
-    if path.suffix != ".jsonl":
-        return lines, None
-    rows = [_row(line, f"{path}, prompt {number}") for number, line in enumerate(lines, 1)]
-    labels = [label for _, label in rows if label is not None]
+    """The prompts of a file (see `prompt_files`), and their labels, None where there are none. Raises InputError."""
+    rows = prompt_files.read_prompts(path, prompt_files.SCORED)
+    labels = [row["label"] for row in rows if "label" in row]
     if labels and len(labels) != len(rows):
         raise InputError(f"{path}: {len(rows) - len(labels)} of {len(rows)} prompts have no label: give all or none")
-    return [prompt for prompt, _ in rows], labels or None
-
-
-def _row(line: str, name: str) -> tuple[str, int | None]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    prompt, label = (row.get("prompt"), row.get("label")) if isinstance(row, dict) else (None, None)
-    if not isinstance(prompt, str) or not (label is None or (type(label) is int and label >= 0)):
-        raise InputError(f'{name}: is not of the form {{"prompt": "a coat", "label": 4}}; the label may be left out')
-    return prompt, label
+    return [row["prompt"] for row in rows], labels or None

@@ -48,7 +48,7 @@ from diffusion_unet.model import DiffusionModel  # noqa: E402
 from diffusion_unet.schedule import NoiseSchedule  # noqa: E402
 from diffusion_unet.single_file import write_single_file  # noqa: E402
 from diffusion_unet.unet import UNet  # noqa: E402
-from sampling.solvers import sigmas  # noqa: E402
+from sampling.levels import sigmas  # noqa: E402
 from training import checkpoint  # noqa: E402
 from training.config import DataConfig  # noqa: E402
 from training.features import Clip  # noqa: E402

@@ -71,13 +71,14 @@ def manifest(path: str) -> bool:
 def breaches(calls: list[Call], run: Path, step: int) -> dict[str, list[str]]:
     """By rule, where it is broken."""
     final = str(run / f"checkpoint-{step}")
-    disk, named, settled = Disk(), False, False
+    disk, begun, named, settled = Disk(), False, False, False
     broken: dict[str, list[str]] = {rule: [] for rule in RULES}
     for call in calls:
         if call.failed or not call.below(run):
             continue
         path = call.paths[-1]
-        if call.name == "openat" and manifest(path):
+        if call.name == "openat" and manifest(path) and not begun:
+            begun = True
             here = str(Path(path).parent)
             files = [name for name in disk.seen if name.startswith(f"{here}/")]
             if disk.below(here) or not files:
