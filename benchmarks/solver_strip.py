@@ -1,6 +1,8 @@
 """A sheet of one prompt and seed: a row for each solver, a column for each number of steps.
 
     python benchmarks/solver_strip.py runs/quickstart/model "a photo of a sneaker" docs/solvers.png
+
+The labels name the solvers; the steps of the columns are STEPS.
 """
 
 import argparse
